@@ -1,0 +1,38 @@
+"""Where sockets listen and who may call."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from configs.schema.base import Section
+
+Bytes = Annotated[int, Field(ge=1024, le=1 << 30)]
+
+
+class NetworkConfig(Section):
+    """Sockets between the processes of the cluster.
+
+    `loopback` binds 127.0.0.1. `node` binds the address that Ray gives the node; an address outside 127.0.0.0/8 is
+    refused without `insecure: true` until TLS exists.
+    """
+
+    bind: Literal["loopback", "node"] = "loopback"
+    insecure: bool = False
+    max_message_bytes: Bytes = 8 * 1024 * 1024
+    frame_bytes: Bytes = 512 * 1024
+    credit_bytes: Bytes = 32 * 1024 * 1024
+    keepalive_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
+    ping_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
+
+
+class IngressConfig(Section):
+    """The front door. `unix:///path` listens on a unix socket."""
+
+    address: Annotated[str, Field(min_length=1, max_length=512)] = "127.0.0.1:50600"
+    keys_file: str | None = None
+    max_streams: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+    max_buffered_tokens: Annotated[int, Field(ge=16, le=10_000_000)] = 4096
+    default_max_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 256
+    tick_ms: Annotated[float, Field(gt=0, le=1000)] = 2.0

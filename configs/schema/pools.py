@@ -1,0 +1,57 @@
+"""The model that a cluster serves and the pools of instances that serve it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from configs.schema.base import Name, Section
+
+
+class ModelConfig(Section):
+    """Which checkpoint, under which name.
+
+    `source` is `oracle` (arithmetic, no weights), `demo` (SmolLM2-135M-Instruct, imported on first use),
+    or the path of a checkpoint folder.
+    """
+
+    name: Name
+    source: Annotated[str, Field(min_length=1, max_length=4096)]
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    context_tokens: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
+    deterministic: bool = False
+
+
+class OracleCosts(Section):
+    """What the oracle engine charges its clock; zero means as fast as arithmetic goes."""
+
+    prefill_tokens_per_s: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    decode_step_s: Annotated[float, Field(ge=0, le=10)] = 0.0
+
+
+class EngineConfig(Section):
+    """How one instance computes."""
+
+    kind: Literal["oracle", "torch", "vllm"]
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    block_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
+    num_blocks: Annotated[int, Field(ge=2, le=16_777_216)] = 512
+    max_batch_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 512
+    max_running: Annotated[int, Field(ge=1, le=65_536)] = 64
+    prefix_cache: bool = True
+    oracle: OracleCosts = OracleCosts()
+
+
+class PoolConfig(Section):
+    """Instances of one role with equal engines."""
+
+    name: Name
+    role: Literal["prefill", "decode", "combined"]
+    instances: Annotated[int, Field(ge=1, le=4096)] = 1
+    ranks: Annotated[int, Field(ge=1, le=64)] = 1
+    cpus_per_rank: Annotated[float, Field(ge=0, le=1024)] = 1.0
+    gpus_per_rank: Annotated[float, Field(ge=0, le=64)] = 0.0
+    resources: dict[str, float] = Field(default_factory=dict)
+    engine: EngineConfig

@@ -1,0 +1,129 @@
+from protos.gen.autan.v1 import common_pb2 as _common_pb2
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Capability(_message.Message):
+    __slots__ = ("mac", "expires_at_ms")
+    MAC_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_MS_FIELD_NUMBER: _ClassVar[int]
+    mac: bytes
+    expires_at_ms: int
+    def __init__(self, mac: _Optional[bytes] = ..., expires_at_ms: _Optional[int] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("request_id", "epoch", "source_instance", "source_incarnation", "target_instance", "target_incarnation", "fingerprint", "num_tokens", "num_blocks", "block_hashes", "layers_per_group", "capability", "deadline_s")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TARGET_INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_PER_GROUP_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITY_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    epoch: int
+    source_instance: str
+    source_incarnation: int
+    target_instance: str
+    target_incarnation: int
+    fingerprint: _common_pb2.Fingerprint
+    num_tokens: int
+    num_blocks: int
+    block_hashes: bytes
+    layers_per_group: int
+    capability: Capability
+    deadline_s: float
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., source_instance: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., target_instance: _Optional[str] = ..., target_incarnation: _Optional[int] = ..., fingerprint: _Optional[_Union[_common_pb2.Fingerprint, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., layers_per_group: _Optional[int] = ..., capability: _Optional[_Union[Capability, _Mapping]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+
+class OpenReply(_message.Message):
+    __slots__ = ("transfer_id", "credit_bytes", "first_block")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    credit_bytes: int
+    first_block: int
+    def __init__(self, transfer_id: _Optional[str] = ..., credit_bytes: _Optional[int] = ..., first_block: _Optional[int] = ...) -> None: ...
+
+class PushFrame(_message.Message):
+    __slots__ = ("transfer_id", "epoch", "data", "end")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    epoch: int
+    data: BlockFrame
+    end: EndFrame
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., data: _Optional[_Union[BlockFrame, _Mapping]] = ..., end: _Optional[_Union[EndFrame, _Mapping]] = ...) -> None: ...
+
+class BlockFrame(_message.Message):
+    __slots__ = ("block_index", "layer_group", "offset_bytes", "payload", "digest")
+    BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    LAYER_GROUP_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    block_index: int
+    layer_group: int
+    offset_bytes: int
+    payload: bytes
+    digest: bytes
+    def __init__(self, block_index: _Optional[int] = ..., layer_group: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class EndFrame(_message.Message):
+    __slots__ = ("num_tokens", "next_token_ids", "first_output_index", "timeline", "since_prefill_s")
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    SINCE_PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    next_token_ids: bytes
+    first_output_index: int
+    timeline: _common_pb2.Timeline
+    since_prefill_s: float
+    def __init__(self, num_tokens: _Optional[int] = ..., next_token_ids: _Optional[bytes] = ..., first_output_index: _Optional[int] = ..., timeline: _Optional[_Union[_common_pb2.Timeline, _Mapping]] = ..., since_prefill_s: _Optional[float] = ...) -> None: ...
+
+class PushReply(_message.Message):
+    __slots__ = ("credit_bytes", "commit", "refused")
+    CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    credit_bytes: int
+    commit: Commit
+    refused: _common_pb2.ErrorDetail
+    def __init__(self, credit_bytes: _Optional[int] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., refused: _Optional[_Union[_common_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
+
+class Commit(_message.Message):
+    __slots__ = ("epoch", "blocks")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    blocks: int
+    def __init__(self, epoch: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
+
+class CloseRequest(_message.Message):
+    __slots__ = ("transfer_id", "request_id", "epoch", "reason")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    request_id: str
+    epoch: int
+    reason: str
+    def __init__(self, transfer_id: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class CloseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -1,0 +1,44 @@
+from protos.gen.autan.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class WorkerStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerStatusReply(_message.Message):
+    __slots__ = ("card", "incarnation", "state", "stats", "ledger", "pid")
+    CARD_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    card: _common_pb2.InstanceCard
+    incarnation: int
+    state: _common_pb2.InstanceState
+    stats: _common_pb2.InstanceStats
+    ledger: _containers.RepeatedScalarFieldContainer[str]
+    pid: int
+    def __init__(self, card: _Optional[_Union[_common_pb2.InstanceCard, _Mapping]] = ..., incarnation: _Optional[int] = ..., state: _Optional[_Union[_common_pb2.InstanceState, str]] = ..., stats: _Optional[_Union[_common_pb2.InstanceStats, _Mapping]] = ..., ledger: _Optional[_Iterable[str]] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class RankBeat(_message.Message):
+    __slots__ = ("group", "rank", "pid")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    rank: int
+    pid: int
+    def __init__(self, group: _Optional[str] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class GroupBeat(_message.Message):
+    __slots__ = ("incarnation",)
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    def __init__(self, incarnation: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,220 @@
+"""gRPC as Autan uses it: channel and server options, guarded handlers, errors as statuses.
+
+Measured reasons for the options are in reliability notes: keepalive alone needs 60 s to see a frozen peer, so the ping
+timeout is set as well; messages are bounded on both sides; an idle connection may be pinged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError, Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from protos.contract.errors import AutanError, InternalError, InvalidRequest, PeerUnavailable, error_from
+from protos.gen.autan.v1 import admin_pb2_grpc, inference_pb2_grpc, kv_pb2_grpc, tokens_pb2_grpc, worker_pb2_grpc
+
+__all__ = [
+    "DEFAULT_MESSAGE_BYTES",
+    "GuardInterceptor",
+    "admin_pb2_grpc",
+    "channel_options",
+    "error_of",
+    "inference_pb2_grpc",
+    "kv_pb2_grpc",
+    "open_channel",
+    "server_options",
+    "status_of",
+    "tokens_pb2_grpc",
+    "worker_pb2_grpc",
+]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MESSAGE_BYTES = 8 * 1024 * 1024
+_DOMAIN = "autan"
+
+
+def _liveness(keepalive_s: float, ping_timeout_s: float) -> list[tuple[str, int]]:
+    return [
+        ("grpc.keepalive_time_ms", int(keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", int(ping_timeout_s * 1000)),
+        ("grpc.http2.ping_timeout_ms", int(ping_timeout_s * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def channel_options(
+    max_message_bytes: int = DEFAULT_MESSAGE_BYTES, keepalive_s: float = 1.0, ping_timeout_s: float = 2.0
+) -> list[tuple[str, Any]]:
+    """Client side: bounded messages, a frozen or vanished peer noticed within keepalive + ping timeout."""
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.enable_retries", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+        ("grpc.use_local_subchannel_pool", 1),
+        *_liveness(keepalive_s, ping_timeout_s),
+    ]
+
+
+def server_options(
+    max_message_bytes: int = DEFAULT_MESSAGE_BYTES, keepalive_s: float = 1.0, ping_timeout_s: float = 2.0
+) -> list[tuple[str, Any]]:
+    """Server side of the same; two servers never share a port by accident."""
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.so_reuseport", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", max(100, int(keepalive_s * 500))),
+        ("grpc.http2.max_ping_strikes", 0),
+        *_liveness(keepalive_s, ping_timeout_s),
+    ]
+
+
+def open_channel(address: str, options: Sequence[tuple[str, Any]] | None = None) -> grpc.aio.Channel:
+    """An insecure channel to a loopback or unix address; TLS channels come with the certificates."""
+    return grpc.aio.insecure_channel(address, options=list(options or channel_options()))
+
+
+def status_of(error: AutanError) -> status_pb2.Status:
+    """An error of the tree as google.rpc.Status with ErrorInfo, and RetryInfo where waiting helps."""
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason, domain=_DOMAIN, metadata={"retryable": "true" if error.retryable else "false"}
+    )
+    details = [_packed(info)]
+    if error.retry_after_s > 0:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+    code: int = code_pb2.Code.Value(error.code)
+    return status_pb2.Status(code=code, message=error.message, details=details)
+
+
+def error_of(rpc_error: grpc.RpcError) -> AutanError:
+    """The error of the tree behind a failed call; transport failures become PeerUnavailable."""
+    status = rpc_status.from_call(rpc_error)
+    if status is not None:
+        reason, retry_after_s = "", 0.0
+        for detail in status.details:
+            info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+            if detail.Unpack(info):
+                reason = info.reason
+            elif detail.Unpack(retry):
+                retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+        if reason:
+            return error_from(reason, status.message, retry_after_s)
+    code = rpc_error.code() if hasattr(rpc_error, "code") else grpc.StatusCode.UNKNOWN
+    text = f"{code.name}: {rpc_error.details() if hasattr(rpc_error, 'details') else rpc_error}"
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+        return PeerUnavailable(text)
+    return InternalError(text)
+
+
+def _packed(message: Message) -> any_pb2.Any:
+    box = any_pb2.Any()
+    box.Pack(message)
+    return box
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException, method: str) -> None:
+    if not isinstance(error, AutanError):
+        token = secrets.token_hex(6)
+        logger.exception("unexpected error %s in %s", token, method, exc_info=error)
+        error = InternalError(f"internal error {token}: the server's log explains it")
+    await context.abort_with_status(rpc_status.to_status(status_of(error)))
+
+
+class GuardInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler of a server.
+
+    Garbage bytes are INVALID_ARGUMENT with a generic sentence; errors of the tree become their status; anything else is
+    INTERNAL with an opaque id, and the log has the traceback. `authorise(method, metadata)` runs before any byte is parsed
+    and raises AuthError to refuse; what it returns is dropped.
+    """
+
+    def __init__(self, authorise: Callable[[str, dict[str, str]], object] | None = None) -> None:
+        self._authorise = authorise
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Replaces the handler's parsing and error mapping; unknown methods pass through (UNIMPLEMENTED)."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        method: str = handler_call_details.method
+        return _guarded(handler, method, self._check(method, handler_call_details))
+
+    def _check(self, method: str, details: grpc.HandlerCallDetails) -> Callable[[], None]:
+        authorise = self._authorise
+
+        def check() -> None:
+            if authorise is not None:
+                metadata = {str(k): v for k, v in (details.invocation_metadata or ()) if isinstance(v, str)}
+                authorise(method, metadata)
+
+        return check
+
+
+def _parse(deserialize: Callable[[bytes], Any], data: bytes, method: str) -> Any:
+    try:
+        return deserialize(data)
+    except (DecodeError, RecursionError, ValueError) as error:
+        raise InvalidRequest(f"{method}: the request is no valid protobuf message") from error
+
+
+async def _parsed(stream: AsyncIterator[bytes], deserialize: Callable[[bytes], Any], method: str) -> AsyncIterator[Any]:
+    async for data in stream:
+        yield _parse(deserialize, data, method)
+
+
+def _guarded(handler: Any, method: str, check: Callable[[], None]) -> Any:
+    deserialize = handler.request_deserializer or (lambda data: data)
+
+    def incoming(request: Any) -> Any:
+        if handler.request_streaming:
+            return _parsed(request, deserialize, method)
+        return _parse(deserialize, request, method)
+
+    async def unary(request: Any, context: Any) -> Any:
+        try:
+            check()
+            behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
+            return await behaviour(incoming(request), context)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as error:
+            return await _abort(context, error, method)
+
+    async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            check()
+            behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            async for reply in behaviour(incoming(request), context):
+                yield reply
+        except (asyncio.CancelledError, grpc.aio.AbortError, GeneratorExit):
+            raise
+        except Exception as error:
+            await _abort(context, error, method)
+
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    behaviour = streaming if handler.response_streaming else unary
+    return make(behaviour, request_deserializer=None, response_serializer=handler.response_serializer)

@@ -1,0 +1,65 @@
+"""What differs between the engines that share the batcher: computing, and the bytes of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.engine_api.types import KvLayout, ModelIdentity, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The rows of one sequence that one step computes.
+
+    `tokens[start : start + count]` are fed; KV rows `[0, start)` are final in the blocks of `block_table`
+    (logical order), rows `[start, start + count)` get written. When `sample` is set the slice ends at the last known
+    token and one token of output index `output_index` is drawn after it.
+    """
+
+    request_id: str
+    tokens: Sequence[int]        # prompt + output, all known tokens
+    num_prompt_tokens: int
+    start: int
+    count: int
+    block_table: tuple[int, ...]
+    sampling: SamplingParams
+    sample: bool
+    output_index: int
+    cache_salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The outcome for one slice: a token when it was asked for, or the reason why this sequence failed."""
+
+    token_id: int | None
+    error: str | None = None
+
+
+class Runner(Protocol):
+    """Computes batches over a paged pool that it owns."""
+
+    @property
+    def identity(self) -> ModelIdentity: ...
+
+    @property
+    def layout(self) -> KvLayout: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    def run(self, batch: Sequence[Slice]) -> list[Sampled]:
+        """One forward pass; the result has the order of the batch. Raises only when the device itself is lost."""
+        ...
+
+    def read_block(self, block_id: int, group: int) -> memoryview:
+        """The bytes of one layer group; see Engine.export_kv."""
+        ...
+
+    def write_block(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+        """Writes bytes into one layer group; see Engine.import_kv."""
+        ...
+
+    def close(self) -> None: ...

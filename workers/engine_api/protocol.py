@@ -1,0 +1,129 @@
+"""What every engine promises. Three implementations pass one contract suite: oracle, torch, vllm."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from workers.engine_api.types import (
+    CacheEvent,
+    EngineRequest,
+    EngineStats,
+    ImportTicket,
+    KvLayout,
+    ModelIdentity,
+    StepResult,
+)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """One model on one device group.
+
+    Threads: everything but `export_kv` and `import_kv` is called from one thread, the engine's. Those two may be called
+    from any thread at the same time as a step: they touch only blocks whose bytes no step changes.
+
+    Blocks: a block that a sequence refers to is never reused. Every sequence gives its blocks back exactly once: on its
+    finish (Phase.FULL), on `release` (Phase.PREFILL and failed imports) or on `abort`. Full blocks then stay in the prefix
+    cache until the pool needs them.
+    """
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model; constant."""
+        ...
+
+    @property
+    def layout(self) -> KvLayout:
+        """How KV bytes lie in a block; constant."""
+        ...
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a sequence. An older epoch of the same request is aborted first.
+
+        Raises StaleEpoch when a newer or the same epoch is here, OutOfBlocks when the pool could never hold it (even empty),
+        InvalidRequest for a token id outside the vocabulary or an empty prompt.
+        """
+        ...
+
+    def step(self) -> StepResult:
+        """Runs one batch: chunks of waiting prompts and one token for each running sequence, under the token budget.
+
+        Never raises for the sake of one sequence (see StepResult.failed). Returns an empty result when nothing can run.
+        A Phase.PREFILL sequence that sampled its token (reported with finish=None unless that token ends the request)
+        is held, and no longer runs, until `release` or `abort`.
+        """
+        ...
+
+    def has_work(self) -> bool:
+        """True when a step would run something."""
+        ...
+
+    def abort(self, request_id: str, up_to_epoch: int) -> bool:
+        """Drops the sequence if its epoch is at most `up_to_epoch`, in whatever stage; False when there is none. Idempotent.
+
+        Blocks that an export or import still touches are kept until `unpin`.
+        """
+        ...
+
+    def release(self, request_id: str, epoch: int) -> bool:
+        """Ends the holding of a prefilled sequence after its hand-off; False when nothing of that epoch is held. Idempotent."""
+        ...
+
+    def pin(self, request_id: str, epoch: int) -> tuple[int, ...]:
+        """Takes a second reference on all blocks of the sequence for a transfer and returns their ids in logical order.
+
+        The bytes stay valid until `unpin`, even if the sequence ends. Raises StaleEpoch when the sequence is not here.
+        Call it again as the sequence grows: ids that are pinned already are not counted twice.
+        """
+        ...
+
+    def unpin(self, request_id: str, epoch: int) -> None:
+        """Gives back the references of `pin`. Idempotent."""
+        ...
+
+    def export_kv(self, block_id: int, group: int) -> memoryview:
+        """The bytes of one layer group of a pinned block, without a copy where the device allows it.
+
+        Only valid for blocks that PrefillProgress reported as computed. Length is `layout.group_bytes(group)`.
+        """
+        ...
+
+    def import_begin(self, request: EngineRequest, num_tokens: int) -> ImportTicket:
+        """Reserves blocks for `num_tokens` KV rows of `prompt + output` and for nothing more.
+
+        Raises OutOfBlocks when the pool cannot give them now, StaleEpoch when the same or a newer epoch is here.
+        An older epoch of the request is aborted first.
+        """
+        ...
+
+    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+        """Writes bytes into a block of an open import. Raises BadFrame when they do not fit the layer group."""
+        ...
+
+    def import_commit(self, request_id: str, epoch: int, next_token_ids: tuple[int, ...]) -> None:
+        """The imported rows are verified: the sequence decodes from the next step on.
+
+        `next_token_ids` are the outputs sampled elsewhere whose KV rows are not here yet; the engine does not report
+        them again. Full blocks enter the prefix cache now and not earlier. Raises StaleEpoch when no such import is open.
+        """
+        ...
+
+    def import_abort(self, request_id: str, epoch: int) -> bool:
+        """Drops an open import and frees its blocks; none enters the prefix cache. Idempotent."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges. May be called from any thread."""
+        ...
+
+    def drain_cache_events(self) -> tuple[CacheEvent, ...]:
+        """The changes of the prefix cache since the last call, in order."""
+        ...
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError with a story when references, tables and free list disagree. For tests and idle moments."""
+        ...
+
+    def close(self) -> None:
+        """Frees the device. Idempotent."""
+        ...

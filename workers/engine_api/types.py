@@ -1,0 +1,190 @@
+"""Values that cross the engine's boundary. All frozen; token ids are plain ints; times are seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """How far an engine takes a request."""
+
+    PREFILL = "prefill"  # compute the prompt, sample one token, keep the KV until `release`
+    FULL = "full"        # prefill and decode here
+
+
+class FinishReason(StrEnum):
+    """Why an engine ended a sequence."""
+
+    STOP = "stop"      # eos or a stop token
+    LENGTH = "length"  # max_tokens, or the context is full
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. Equal params, seed and logits give the same token in every batch on every worker."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()  # eos included unless it is ignored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One sequence to run.
+
+    `output` holds the tokens that were accepted already, when the request continues after the loss of a worker:
+    the engine prefills `prompt + output` and samples the token of output index `len(output)` next.
+    """
+
+    request_id: str
+    epoch: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    phase: Phase = Phase.FULL
+    output: tuple[int, ...] = ()
+    cache_salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOut:
+    """One sampled token. `index` counts output tokens from 0 over the whole life of the request."""
+
+    request_id: str
+    epoch: int
+    index: int
+    token_id: int
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """`computed_tokens` KV rows of the sequence are final (prefix hits included); the blocks that they fill may be exported."""
+
+    request_id: str
+    epoch: int
+    computed_tokens: int
+    total_tokens: int
+    cached_tokens: int
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine gave up on one sequence and freed what it held; its batch mates are unaffected."""
+
+    request_id: str
+    epoch: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one engine step did, in the order tokens, progress, failures. An empty result means there was nothing to run."""
+
+    tokens: tuple[TokenOut, ...] = ()
+    progress: tuple[PrefillProgress, ...] = ()
+    failed: tuple[Failed, ...] = ()
+    batch_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvLayout:
+    """How KV rows lie in a block: bytes are `[num_layers, block_tokens, row_bytes]`, C order, little endian.
+
+    A layer group is `layers_per_group` consecutive layers of one block (the last group may be shorter): the unit
+    that is digested and pushed.
+    """
+
+    block_tokens: int
+    num_layers: int
+    row_bytes: int
+    dtype: str
+    name: str                      # "gqa:k+v", "mla:latent+rope", "oracle"
+    target_group_bytes: int = 512 * 1024
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+        return self.num_layers * self.block_tokens * self.row_bytes
+
+    @property
+    def layers_per_group(self) -> int:
+        """As many layers as fit `target_group_bytes`, at least one."""
+        layer_bytes = self.block_tokens * self.row_bytes
+        return max(1, min(self.num_layers, self.target_group_bytes // layer_bytes))
+
+    @property
+    def num_groups(self) -> int:
+        """Layer groups of one block."""
+        return -(-self.num_layers // self.layers_per_group)
+
+    def group_bytes(self, group: int) -> int:
+        """Bytes of one layer group. Raises IndexError outside `0 <= group < num_groups`."""
+        if not 0 <= group < self.num_groups:
+            raise IndexError(f"layer group {group} of {self.num_groups}")
+        layers = min(self.layers_per_group, self.num_layers - group * self.layers_per_group)
+        return layers * self.block_tokens * self.row_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelIdentity:
+    """What must be equal on both sides of a hand-off, besides the layout, and what a front end needs to validate a request."""
+
+    model: str
+    architecture: str
+    weights_digest: str
+    tokenizer_digest: str
+    vocab_size: int         # logits width
+    context_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportTicket:
+    """Blocks reserved for a sequence that arrives from another worker.
+
+    The first `reused_blocks` come from the prefix cache and hold final bytes; all later ones must be written.
+    """
+
+    request_id: str
+    epoch: int
+    block_ids: tuple[int, ...]
+    reused_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters and gauges of one engine, since its start."""
+
+    total_blocks: int = 0
+    used_blocks: int = 0        # referenced
+    cached_blocks: int = 0      # unreferenced, kept for their prefix
+    free_blocks: int = 0
+    waiting: int = 0
+    running: int = 0
+    holding: int = 0            # prefilled, KV kept until `release`
+    importing: int = 0
+    steps: int = 0
+    prefill_chunks: int = 0
+    prefill_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    decode_tokens: int = 0
+    preemptions: int = 0
+    leaked_blocks: int = 0      # referenced blocks that no sequence owns; 0 or a bug
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEvent:
+    """A change of the prefix cache, numbered without gaps from 1: the index of a router can tell that it missed one."""
+
+    sequence: int
+    stored: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+    parent: bytes = b""
+    tags: dict[str, str] = field(default_factory=dict)
