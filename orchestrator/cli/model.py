@@ -1,0 +1,53 @@
+"""`autan model import | tiny | inspect`: checkpoint files.
+
+The work is done by the torch engine's own tool in a process of its own, so that the command starts without torch and the
+orchestrator never parses a checkpoint.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from configs.env import model_cache_dir
+
+app = typer.Typer(help="Import, write and inspect checkpoints.", no_args_is_help=True)
+
+TOOL_MODULE = "workers.engines.torch.model_tool"
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def run_tool(arguments: list[str]) -> None:
+    """Runs the tool with its output passed through; exits with its code when that is not 0."""
+    done = subprocess.run([sys.executable, "-m", TOOL_MODULE, *arguments], check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+@app.command("import")
+def import_model(
+    out: Annotated[Path | None, typer.Option(help="Cache folder; default: AUTAN_MODEL_CACHE.")] = None, as_json: Json = False
+) -> None:
+    """Turns the demo model's GGUF file into safetensors once; later calls find it in the cache."""
+    run_tool(["import", "--cache", str(out or model_cache_dir()), *(["--json"] if as_json else [])])
+
+
+@app.command("tiny")
+def tiny(
+    kind: Annotated[str, typer.Argument(help="mistral-small-4, llama or mistral.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Writes a random toy checkpoint in the published file format."""
+    run_tool(["tiny", kind, str(out), "--seed", str(seed), *(["--json"] if as_json else [])])
+
+
+@app.command("inspect")
+def inspect(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: Json = False) -> None:
+    """Prints architecture, parameter counts and KV bytes per token of a checkpoint folder."""
+    run_tool(["inspect", str(directory), *(["--json"] if as_json else [])])
