@@ -1,0 +1,95 @@
+"""The environment variables of Autan; nothing else in the product reads the environment.
+
+    AUTAN_HOME         run directories, sockets, logs      absolute path, default ~/.autan
+    AUTAN_MODEL_CACHE  imported models                     absolute path, default AUTAN_HOME/models
+    AUTAN_ENDPOINT     where commands and clients connect  host:port or unix:///path, default: the local cluster
+    AUTAN_API_KEY      key of commands and clients         printable ASCII, default: none
+    AUTAN_LOG_LEVEL    of every process                    debug, info, warning or error; default info
+
+An empty or malformed value raises ConfigError; it is never replaced by the default. Other names are ignored, because
+container platforms make `AUTAN_*` variables of their own for a service called autan.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from configs.address import parse_address
+from protos.contract.errors import ConfigError
+
+HOME = "AUTAN_HOME"
+MODEL_CACHE = "AUTAN_MODEL_CACHE"
+ENDPOINT = "AUTAN_ENDPOINT"
+API_KEY = "AUTAN_API_KEY"
+LOG_LEVEL = "AUTAN_LOG_LEVEL"
+
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def home_dir() -> Path:
+    """The directory below which every cluster of this user has its run directory. It need not exist yet."""
+    return _path(HOME) or Path.home() / ".autan"
+
+
+def model_cache_dir() -> Path:
+    """Where imported models are kept. It need not exist yet."""
+    return _path(MODEL_CACHE) or home_dir() / "models"
+
+
+def endpoint() -> str | None:
+    """The ingress to talk to, when the user named one."""
+    value = _value(ENDPOINT)
+    if value is not None:
+        try:
+            parse_address(value)
+        except ValueError as error:
+            raise ConfigError(f"{ENDPOINT}: {error}") from error
+    return value
+
+
+def api_key() -> str | None:
+    """The key to present, when the user has one. The value never appears in an error."""
+    value = _value(API_KEY)
+    if value is not None and not (value.isascii() and value.isprintable()):
+        raise ConfigError(f"{API_KEY}: a key is printable ASCII; check for a line break or a stray character")
+    return value
+
+
+def log_level() -> str:
+    """One of debug, info, warning, error."""
+    value = _value(LOG_LEVEL)
+    if value is None:
+        return "info"
+    if value not in _LOG_LEVELS:
+        raise ConfigError(f"{LOG_LEVEL}: {value!r} is none of {', '.join(_LOG_LEVELS)}")
+    return value
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment with `extra` over it, for a process to start."""
+    return {**os.environ, **(extra or {})}
+
+
+def set_for_libraries(variables: Mapping[str, str]) -> None:
+    """Sets variables that a library reads on import and offers no argument for; one that the user set is kept."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def _value(name: str) -> str | None:
+    value = os.environ.get(name)
+    if value is not None and not value.strip():
+        raise ConfigError(f"{name}: is set but empty; give it a value or unset it")
+    return value
+
+
+def _path(name: str) -> Path | None:
+    value = _value(name)
+    if value is None:
+        return None
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        raise ConfigError(f"{name}: {value!r} is not absolute; processes with another working directory would not find it")
+    return path

@@ -1,0 +1,36 @@
+"""What one worker process is told when it starts; JSON is its wire form."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from configs.schema.base import Name, Section
+from configs.schema.cluster import SchedulingConfig, TimingConfig
+from configs.schema.network import NetworkConfig
+from configs.schema.pools import EngineConfig, ModelConfig
+
+
+class WorkerSpec(Section):
+    """One rank of one instance. `model_dump_json()` travels to the process, `model_validate_json()` reads it there.
+
+    `model_dir` is the checkpoint folder on the worker's node, none for the oracle. `node_address` is the address that the
+    instance advertises, none for loopback. `head_address` is that of rank 0 for ranks above it, when it is known already.
+    """
+
+    cluster: Name
+    instance_id: Name
+    pool: Name
+    role: Literal["prefill", "decode", "combined"]
+    rank: Annotated[int, Field(ge=0, le=63)] = 0
+    ranks: Annotated[int, Field(ge=1, le=64)] = 1
+    model: ModelConfig
+    model_dir: str | None = None
+    engine: EngineConfig
+    store_url: Annotated[str, Field(pattern=r"^(redis|rediss|unix)://")]
+    network: NetworkConfig = NetworkConfig()
+    timing: TimingConfig = TimingConfig()
+    scheduling: SchedulingConfig = SchedulingConfig()
+    head_address: str | None = None
+    node_address: str | None = None
