@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from configs.schema.base import Name, Section
+from configs.schema.base import Name, Seconds, Section
 from configs.schema.cluster import SchedulingConfig, TimingConfig
 from configs.schema.network import NetworkConfig
 from configs.schema.pools import EngineConfig, ModelConfig
@@ -17,6 +17,9 @@ class WorkerSpec(Section):
 
     `model_dir` is the checkpoint folder on the worker's node, none for the oracle. `node_address` is the address that the
     instance advertises, none for loopback. `head_address` is that of rank 0 for ranks above it, when it is known already.
+
+    `failpoints` is for tests only and empty in production: `{"handoff.mid_push#3": "kill"}` ends the process at the third
+    pass of that point. Points and actions are in workers/service/failpoints.py.
     """
 
     cluster: Name
@@ -34,3 +37,5 @@ class WorkerSpec(Section):
     scheduling: SchedulingConfig = SchedulingConfig()
     head_address: str | None = None
     node_address: str | None = None
+    store_timeout_s: Seconds = 1.0
+    failpoints: dict[str, str] = Field(default_factory=dict)
