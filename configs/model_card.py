@@ -22,7 +22,7 @@ _MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """The facts of one checkpoint. `tokenizer_digest` covers tokenizer.json and the chat template; empty without a tokenizer."""
+    """The facts of one checkpoint. `tokenizer_digest` covers tokenizer.json and the chat template; empty without them."""
 
     architecture: str
     vocab_size: int

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -14,3 +16,12 @@ class Section(BaseModel):
     """One section of the cluster file. A key that is not declared is an error, never ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def refusal(findings: Sequence[tuple[tuple[str | int, ...], str]]) -> ValidationError:
+    """What a validator raises to put each message at a key below the section: `((path, message), ...)`."""
+    details = [
+        InitErrorDetails(type=PydanticCustomError("refused", "{message}", {"message": message}), loc=path, input=None)
+        for path, message in findings
+    ]
+    return ValidationError.from_exception_data("cluster file", details)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import Name, Seconds, Section
+from configs.address import parse_address
+from configs.schema.base import Name, Seconds, Section, refusal
 from configs.schema.network import IngressConfig, NetworkConfig
 from configs.schema.pools import ModelConfig, PoolConfig
 
@@ -29,6 +31,14 @@ class LauncherConfig(Section):
     object_store_mb: Annotated[int, Field(ge=80, le=1_048_576)] = 96
     start_timeout_s: Seconds = 120.0
 
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if self.address is not None and self.kind != "ray":
+            raise refusal([(("address",), "is for launcher.kind: ray; subprocess starts everything on this machine")])
+        if self.address is not None and self.num_cpus is not None:
+            raise refusal([(("num_cpus",), "is for a local Ray; the cluster at launcher.address has its own count")])
+        return self
+
 
 class TimingConfig(Section):
     """Leases and deadlines; defaults of DESIGN section 7."""
@@ -45,10 +55,10 @@ class TimingConfig(Section):
     @model_validator(mode="after")
     def _lease_outlives_heartbeats(self) -> Self:
         if self.lease_s < 3 * self.heartbeat_s:
-            raise ValueError(
-                f"lease_s ({self.lease_s}) must be at least three times heartbeat_s ({self.heartbeat_s}): "
-                "one late renewal would end the lease"
+            message = (
+                f"{self.lease_s} is below three times heartbeat_s ({self.heartbeat_s}): one late renewal would end the lease"
             )
+            raise refusal([(("lease_s",), message)])
         return self
 
 
@@ -77,11 +87,50 @@ class ClusterConfig(Section):
     scheduling: SchedulingConfig = SchedulingConfig()
 
     @model_validator(mode="after")
-    def _pools_can_serve(self) -> Self:
-        names = [pool.name for pool in self.pools]
-        if len(set(names)) != len(names):
-            raise ValueError(f"pools: names must differ, got {', '.join(names)}")
-        roles = {pool.role for pool in self.pools}
-        if "combined" not in roles and roles != {"prefill", "decode"}:
-            raise ValueError("pools: need a prefill and a decode pool, or a combined one")
+    def _sections_agree(self) -> Self:
+        findings = [*_pool_names(self.pools), *_roles(self.pools), *_engines(self.model, self.pools), *_exposure(self)]
+        if findings:
+            raise refusal(findings)
         return self
+
+
+Finding = tuple[tuple[str | int, ...], str]
+
+
+def _pool_names(pools: list[PoolConfig]) -> Iterator[Finding]:
+    first: dict[str, int] = {}
+    for index, pool in enumerate(pools):
+        if pool.name in first:
+            yield ("pools", index, "name"), f"{pool.name!r} is the name of pools[{first[pool.name]}] already"
+        first.setdefault(pool.name, index)
+
+
+def _roles(pools: list[PoolConfig]) -> Iterator[Finding]:
+    roles = {pool.role for pool in pools}
+    if "combined" not in roles and roles != {"prefill", "decode"}:
+        yield ("pools",), f"need a prefill and a decode pool, or a combined one; there is only {', '.join(sorted(roles))}"
+
+
+def _engines(model: ModelConfig, pools: list[PoolConfig]) -> Iterator[Finding]:
+    for index, pool in enumerate(pools):
+        engine = pool.engine
+        if (engine.kind == "oracle") != (model.source == "oracle"):
+            yield (
+                ("pools", index, "engine", "kind"),
+                f"{engine.kind!r} does not go with model.source {model.source!r}: the oracle engine serves the oracle alone",
+            )
+        if engine.block_tokens != pools[0].engine.block_tokens:
+            yield (
+                ("pools", index, "engine", "block_tokens"),
+                f"{engine.block_tokens} differs from the {pools[0].engine.block_tokens} of pools[0]: "
+                "blocks could not be handed over",
+            )
+
+
+def _exposure(cluster: ClusterConfig) -> Iterator[Finding]:
+    if not parse_address(cluster.ingress.address).is_local and not cluster.network.insecure:
+        yield (
+            ("ingress", "address"),
+            f"{cluster.ingress.address!r} can be reached from other machines, and TLS is not there yet: "
+            "use 127.0.0.1 or unix:///path, or say network.insecure: true on a network that you trust",
+        )

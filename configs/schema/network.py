@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from configs.address import parse_address
 from configs.schema.base import Section
 
 Bytes = Annotated[int, Field(ge=1024, le=1 << 30)]
+
+
+def _checked(address: str) -> str:
+    parse_address(address)
+    return address
+
+
+Listen = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_checked)]
 
 
 class NetworkConfig(Section):
@@ -28,9 +37,9 @@ class NetworkConfig(Section):
 
 
 class IngressConfig(Section):
-    """The front door. `unix:///path` listens on a unix socket."""
+    """The front door: `host:port` (port 0 takes a free one) or `unix:///path`."""
 
-    address: Annotated[str, Field(min_length=1, max_length=512)] = "127.0.0.1:50600"
+    address: Listen = "127.0.0.1:50600"
     keys_file: str | None = None
     max_streams: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     max_buffered_tokens: Annotated[int, Field(ge=16, le=10_000_000)] = 4096

@@ -53,5 +53,5 @@ class PoolConfig(Section):
     ranks: Annotated[int, Field(ge=1, le=64)] = 1
     cpus_per_rank: Annotated[float, Field(ge=0, le=1024)] = 1.0
     gpus_per_rank: Annotated[float, Field(ge=0, le=64)] = 0.0
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: dict[Name, Annotated[float, Field(gt=0, le=1e9)]] = Field(default_factory=dict)  # of Ray, per rank
     engine: EngineConfig
