@@ -1,0 +1,165 @@
+"""One turn of the scheduler: which queued requests go where now.
+
+Order is strict: class first, then age. A request that does not fit is passed by later ones that do, but only for
+`patience_s`; after that the pair of instances that would take it soonest is held for it, and no request of its class or
+a lower one is placed there before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from orchestrator.control.effects import Assignment
+from orchestrator.control.inventory import Inventory, charge, has_prefill_ready
+from orchestrator.control.settings import CoreSettings
+from orchestrator.domain.ids import InstanceId, RequestId
+from orchestrator.domain.view import ClusterView, QueuedRequest
+from orchestrator.policy.admission import has_decode_room, has_prefill_room
+from orchestrator.policy.placement import NOBODY, Candidates, Placement, WaitReason, candidates_for, place, shortest_wait
+
+_MAX_REFUSALS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Instances kept free for one request that was passed for too long."""
+
+    request_id: RequestId
+    priority: int
+    instances: frozenset[InstanceId]
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """What one turn hands to the next: who was passed since when, and what is held for whom."""
+
+    passed_since_s: Mapping[RequestId, float] = field(default_factory=dict)
+    hold: Hold | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TurnPlan:
+    """The outcome of a turn: assignments with their prefill tokens in decision order, and why the others wait."""
+
+    assignments: tuple[tuple[Assignment, int], ...]
+    waits: Mapping[RequestId, WaitReason]
+    patience: Patience
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A request of this size was refused in this turn; no request that needs as much of both can fit any more."""
+
+    prefill_tokens: int
+    whole_tokens: int
+    reason: WaitReason
+
+
+class _Turn:
+    """The scratch pad of one turn."""
+
+    def __init__(self, view: ClusterView, inventory: Inventory, settings: CoreSettings, patience: Patience) -> None:
+        self.view = view
+        self.settings = settings
+        self.loads = inventory.loads(view, int(settings.suspect_s * 1000))
+        self.hold = patience.hold
+        self.assignments: list[tuple[Assignment, int]] = []
+        self.waits: dict[RequestId, WaitReason] = {}
+        self._refusals: dict[tuple[str, bool], list[_Refusal]] = {}
+        self._prefill_ready: dict[str, bool] = {}
+
+    def candidates(self, model: str) -> Candidates:
+        if model not in self._prefill_ready:
+            self._prefill_ready[model] = has_prefill_ready(self.view.instances, model)
+        return candidates_for(model, self.loads.values(), self._prefill_ready[model], self.settings.rules)
+
+    def try_place(self, request: QueuedRequest) -> bool:
+        """Places the request or notes why it waits."""
+        barred = self._barred(request)
+        known = self._known_refusal(request, bool(barred))
+        if known is not None:
+            self.waits[request.request_id] = known
+            return False
+        decision = place(request, self.candidates(request.model), self.settings.rules, barred)
+        if isinstance(decision, WaitReason):
+            self.waits[request.request_id] = decision
+            self._note_refusal(request, bool(barred), decision)
+            return False
+        self._accept(request, decision)
+        return True
+
+    def holds_for(self, request: QueuedRequest) -> None:
+        """Chooses the instances to keep free for the request: of the best pair, those that have no room for it."""
+        pair = shortest_wait(request, self.candidates(request.model))
+        if pair is None:
+            return
+        source, target = pair
+        kept = set()
+        if not has_prefill_room(request, source, self.settings.rules.admission):
+            kept.add(source.instance.instance_id)
+        if not has_decode_room(request, target):
+            kept.add(target.instance.instance_id)
+        if kept:
+            self.hold = Hold(request.request_id, request.priority, frozenset(kept))
+            self._refusals.clear()
+
+    def _accept(self, request: QueuedRequest, placement: Placement) -> None:
+        source, target = self.loads[placement.prefill].instance, self.loads[placement.decode].instance
+        assignment = Assignment(
+            request.request_id,
+            request.epoch,
+            source.instance_id,
+            source.incarnation,
+            target.instance_id,
+            target.incarnation,
+            placement.prefill_blocks,
+            placement.decode_blocks,
+        )
+        charge(self.loads, assignment, request.prefill_tokens)
+        self.assignments.append((assignment, request.prefill_tokens))
+
+    def _barred(self, request: QueuedRequest) -> frozenset[InstanceId]:
+        hold = self.hold
+        if hold is None or hold.request_id == request.request_id or request.priority > hold.priority:
+            return NOBODY
+        return hold.instances
+
+    def _known_refusal(self, request: QueuedRequest, barred: bool) -> WaitReason | None:
+        whole = request.prompt_tokens + request.max_tokens
+        for refusal in self._refusals.get((request.model, barred), ()):
+            if request.prefill_tokens >= refusal.prefill_tokens and whole >= refusal.whole_tokens:
+                return refusal.reason
+        return None
+
+    def _note_refusal(self, request: QueuedRequest, barred: bool, reason: WaitReason) -> None:
+        refusals = self._refusals.setdefault((request.model, barred), [])
+        if reason is not WaitReason.NEVER_FITS and len(refusals) < _MAX_REFUSALS:
+            refusals.append(_Refusal(request.prefill_tokens, request.prompt_tokens + request.max_tokens, reason))
+
+
+def plan_turn(view: ClusterView, inventory: Inventory, settings: CoreSettings, patience: Patience, now_s: float) -> TurnPlan:
+    """Decides for every request of the view that is not under way. Neither argument is changed."""
+    waiting = [request for request in view.queued if request.request_id not in inventory]
+    waiting.sort(key=lambda request: (-request.priority, request.submitted_ms, request.request_id))
+    present = {request.request_id for request in waiting}
+    turn = _Turn(view, inventory, settings, patience)
+    if turn.hold is not None and (turn.hold.request_id not in present or not turn.hold.instances <= turn.loads.keys()):
+        turn.hold = None
+    passed = {key: since for key, since in patience.passed_since_s.items() if key in present}
+    blocked: list[RequestId] = []
+    for request in waiting:
+        since = passed.get(request.request_id)
+        if turn.try_place(request):
+            passed.pop(request.request_id, None)
+            if turn.hold is not None and turn.hold.request_id == request.request_id:
+                turn.hold = None
+            for key in blocked:
+                passed.setdefault(key, now_s)
+            blocked.clear()
+        elif turn.waits[request.request_id] is not WaitReason.NEVER_FITS:
+            if since is None:
+                blocked.append(request.request_id)
+            elif turn.hold is None and now_s - since >= settings.patience_s:
+                turn.holds_for(request)
+    return TurnPlan(tuple(turn.assignments), turn.waits, Patience(passed, turn.hold))

@@ -1,0 +1,183 @@
+"""Where a request is prefilled and where it decodes: filter, score, pick.
+
+Everything here is a pure function of frozen values. Ties go to the smaller instance id, so the same view always
+gives the same placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from orchestrator.domain.ids import InstanceId
+from orchestrator.domain.instance import Role
+from orchestrator.domain.view import QueuedRequest
+from orchestrator.policy.admission import (
+    AdmissionLimits,
+    could_decode,
+    could_prefill,
+    has_decode_room,
+    has_local_room,
+    has_prefill_room,
+)
+from orchestrator.policy.load import Load, prefill_blocks, whole_blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementRules:
+    """What the operator decides."""
+
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
+    local_prefill: bool = True  # a decode instance prefills while no prefill instance is READY
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One pair and what it reserves. The same instance twice: no hand-off, and its blocks are counted once, as decode."""
+
+    prefill: InstanceId
+    decode: InstanceId
+    prefill_blocks: int
+    decode_blocks: int
+
+    @property
+    def is_local(self) -> bool:
+        """True when one instance does both."""
+        return self.prefill == self.decode
+
+
+class WaitReason(StrEnum):
+    """Why a request stays in the queue."""
+
+    NO_PREFILL_INSTANCE = "no prefill instance of its model is ready"
+    NO_DECODE_INSTANCE = "no decode instance of its model is ready"
+    NEVER_FITS = "it needs more KV blocks or context than any ready instance has"
+    PREFILL_BUSY = "every prefill instance has its window of tokens or blocks filled"
+    DECODE_FULL = "no decode instance has the KV blocks or a free sequence"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The instances of one model that take work, by what they may do."""
+
+    prefill: tuple[Load, ...]  # of role prefill
+    decode: tuple[Load, ...]  # may decode what another instance prefilled
+    local: tuple[Load, ...]  # may do both for one request
+
+
+def candidates_for(model: str, loads: Iterable[Load], prefill_ready: bool, rules: PlacementRules) -> Candidates:
+    """Filter: the instances of the model by role.
+
+    `prefill_ready`: a prefill instance is READY, whether or not it is in `loads`.
+    """
+    mine = [load for load in loads if load.capabilities.model == model]
+    prefill = tuple(load for load in mine if load.role is Role.PREFILL)
+    decode = tuple(load for load in mine if load.role is not Role.PREFILL)
+    if rules.local_prefill and not prefill_ready:
+        return Candidates(prefill, decode, decode)
+    return Candidates(prefill, decode, tuple(load for load in decode if load.role is Role.COMBINED))
+
+
+def prefill_score(load: Load) -> tuple[int, int, str]:
+    """Less is better: tokens waiting in front of the request."""
+    return (load.prefill_tokens, load.prefill_requests, load.instance.instance_id)
+
+
+def decode_score(load: Load) -> tuple[float, int, str]:
+    """Less is better: share of the KV pool that is promised away."""
+    return (load.reserved_blocks / load.capabilities.total_blocks, load.decode_requests, load.instance.instance_id)
+
+
+NOBODY: frozenset[InstanceId] = frozenset()
+
+
+def place(
+    request: QueuedRequest,
+    candidates: Candidates,
+    rules: PlacementRules,
+    barred: Collection[InstanceId] = NOBODY,
+) -> Placement | WaitReason:
+    """The best pair that has room now and is not barred, or why there is none.
+
+    Doing both on one instance wins when no more tokens wait there than on the best prefill instance: it saves the hand-off.
+    """
+    limits = rules.admission
+    here = [
+        load
+        for load in candidates.local
+        if has_local_room(request, load, limits) and could_decode(request, load) and load.instance.instance_id not in barred
+    ]
+    local = min(here, key=prefill_score, default=None)
+    split = _best_pair(request, candidates, limits, barred)
+    if split is not None and (local is None or split[0].prefill_tokens < local.prefill_tokens):
+        source, target = split
+        return Placement(
+            source.instance.instance_id,
+            target.instance.instance_id,
+            prefill_blocks(request, source.capabilities),
+            whole_blocks(request, target.capabilities),
+        )
+    if local is not None:
+        name = local.instance.instance_id
+        return Placement(name, name, 0, whole_blocks(request, local.capabilities))
+    return _why_not(request, candidates, limits, barred)
+
+
+def _best_pair(
+    request: QueuedRequest, candidates: Candidates, limits: AdmissionLimits, barred: Collection[InstanceId]
+) -> tuple[Load, Load] | None:
+    sources = [
+        load
+        for load in candidates.prefill
+        if has_prefill_room(request, load, limits) and could_prefill(request, load) and load.instance.instance_id not in barred
+    ]
+    if not sources:
+        return None
+    targets = [
+        load
+        for load in candidates.decode
+        if has_decode_room(request, load) and could_decode(request, load) and load.instance.instance_id not in barred
+    ]
+    return _pick_pair(sources, targets)
+
+
+def _pick_pair(sources: Sequence[Load], targets: Sequence[Load]) -> tuple[Load, Load] | None:
+    """The least loaded source that has a target of its fingerprint, with the least loaded such target."""
+    remaining = list(sources)
+    while remaining:
+        source = min(remaining, key=prefill_score)
+        fingerprint = source.capabilities.fingerprint
+        fitting = [load for load in targets if load.capabilities.fingerprint == fingerprint]
+        if fitting:
+            return source, min(fitting, key=decode_score)
+        remaining = [load for load in remaining if load.capabilities.fingerprint != fingerprint]
+    return None
+
+
+def shortest_wait(request: QueuedRequest, candidates: Candidates) -> tuple[Load, Load] | None:
+    """The pair that would suit the request best if it were idle; None when no pair could ever take it.
+
+    The decode side is picked first: its blocks take longest to come free.
+    """
+    sources = [load for load in candidates.prefill if could_prefill(request, load)]
+    targets = [load for load in candidates.decode if could_decode(request, load)]
+    split = _pick_pair(sources, targets)
+    local = min((load for load in candidates.local if could_decode(request, load)), key=decode_score, default=None)
+    if local is not None and (split is None or decode_score(local) <= decode_score(split[1])):
+        return local, local
+    return split
+
+
+def _why_not(
+    request: QueuedRequest, candidates: Candidates, limits: AdmissionLimits, barred: Collection[InstanceId]
+) -> WaitReason:
+    if not candidates.decode:
+        return WaitReason.NO_DECODE_INSTANCE
+    if not candidates.prefill and not candidates.local:
+        return WaitReason.NO_PREFILL_INSTANCE
+    if shortest_wait(request, candidates) is None:
+        return WaitReason.NEVER_FITS
+    if any(has_decode_room(request, load) and load.instance.instance_id not in barred for load in candidates.decode):
+        return WaitReason.PREFILL_BUSY
+    return WaitReason.DECODE_FULL
