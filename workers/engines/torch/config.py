@@ -1,0 +1,207 @@
+"""What a checkpoint's config.json says, as far as the decoders support it. Anything else is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from protos.contract.errors import ModelError
+from workers.engines.torch.config_rope import RopeConfig, read_rope
+from workers.engines.torch.config_section import ConfigSection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseConfig:
+    """A decoder of the Llama and Mistral shape: grouped-query attention, gated SiLU, RMSNorm, no biases."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_positions: int
+    tie_word_embeddings: bool
+    rope: RopeConfig
+
+    @property
+    def kv_row_values(self) -> int:
+        """Values cached per token and layer: keys of all KV heads, then values of all KV heads."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def kv_layout_name(self) -> str:
+        """Names the meaning of a KV row."""
+        return "gqa:k+v"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mistral4Config:
+    """A decoder of the Mistral Small 4 shape: latent attention (MLA) and a mixture of experts.
+
+    The softmax scale is always `qk_head_dim ** -0.5`: the released model applies no YaRN magnitude correction, because
+    the per-position query scale replaces it.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_dense_layers: int
+    num_experts: int
+    num_experts_per_token: int
+    num_shared_experts: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    rms_norm_eps: float
+    max_positions: int
+    tie_word_embeddings: bool
+    rope: RopeConfig
+    query_scale_beta: float
+    query_scale_positions: int
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query head."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def kv_row_values(self) -> int:
+        """Values cached per token and layer: the normed latent, then the rotated key that all heads share."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def kv_layout_name(self) -> str:
+        """Names the meaning of a KV row."""
+        return "mla:latent+rope"
+
+
+DecoderConfig = DenseConfig | Mistral4Config
+
+
+def read_config(model_dir: Path) -> DecoderConfig:
+    """Reads `config.json` of a checkpoint folder. Raises ModelError that names the key at fault."""
+    path = model_dir / "config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{model_dir} is not a checkpoint folder: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: expected an object, found {type(raw).__name__}")
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
+    """The decoder that the mapping describes. Raises ModelError that names the key at fault."""
+    outer = ConfigSection(raw, where)
+    outer.refuse_unless("quantization_config", None, "only unquantised weights are supported")
+    model_type = outer.text("model_type")
+    inner = outer
+    if model_type == "mistral3":
+        inner = outer.section("text_config")
+        inner.refuse_unless("quantization_config", None, "only unquantised weights are supported")
+        model_type = inner.text("model_type")
+    if model_type in ("llama", "mistral"):
+        return _dense(outer, inner, model_type)
+    if model_type == "mistral4":
+        return _mistral4(outer, inner)
+    raise inner.error(
+        "model_type", f"{model_type!r} is not supported (llama, mistral, mistral4, or mistral3 around one of them)"
+    )
+
+
+def _common_refusals(inner: ConfigSection) -> None:
+    inner.refuse_unless("attention_bias", False)
+    inner.refuse_unless("mlp_bias", False)
+    inner.refuse_unless("hidden_act", "silu")
+
+
+def _dense(outer: ConfigSection, inner: ConfigSection, model_type: str) -> DenseConfig:
+    _common_refusals(inner)
+    max_positions = inner.integer("max_position_embeddings")
+    window = inner.optional_integer("sliding_window")
+    if window is not None and window < max_positions:
+        raise inner.error("sliding_window", f"{window} tokens: attention over a window is not supported")
+    hidden, heads = inner.integer("hidden_size"), inner.integer("num_attention_heads")
+    head_dim = inner.optional_integer("head_dim") or hidden // heads
+    kv_heads = inner.optional_integer("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise inner.error("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
+    rope = read_rope(inner, dim=head_dim, interleaved=False, kinds=("default", "llama3"))
+    return DenseConfig(
+        architecture=f"dense:{model_type}",
+        vocab_size=inner.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=inner.integer("intermediate_size"),
+        num_layers=inner.integer("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=inner.number("rms_norm_eps", 1e-6),
+        max_positions=max_positions,
+        tie_word_embeddings=_tied(outer, inner),
+        rope=rope,
+    )
+
+
+def _mistral4(outer: ConfigSection, inner: ConfigSection) -> Mistral4Config:
+    _common_refusals(inner)
+    for key, supported in (("n_group", 1), ("topk_group", 1), ("scoring_func", "softmax")):
+        inner.refuse_unless(key, supported)
+    heads = inner.integer("num_attention_heads")
+    kv_heads = inner.optional_integer("num_key_value_heads") or heads
+    if kv_heads != heads:
+        raise inner.error("num_key_value_heads", f"{kv_heads}: latent attention has as many as num_attention_heads ({heads})")
+    experts, per_token = inner.integer("n_routed_experts"), inner.integer("num_experts_per_tok")
+    if per_token > experts:
+        raise inner.error("num_experts_per_tok", f"{per_token} of {experts} experts")
+    rope_dim = inner.integer("qk_rope_head_dim")
+    interleaved = inner.flag("rope_interleave", True)
+    rope = read_rope(inner, dim=rope_dim, interleaved=interleaved, kinds=("default", "yarn"))
+    return Mistral4Config(
+        architecture="mistral4",
+        vocab_size=inner.integer("vocab_size"),
+        hidden_size=inner.integer("hidden_size"),
+        num_layers=inner.integer("num_hidden_layers"),
+        num_heads=heads,
+        q_lora_rank=inner.integer("q_lora_rank"),
+        kv_lora_rank=inner.integer("kv_lora_rank"),
+        qk_nope_head_dim=inner.integer("qk_nope_head_dim"),
+        qk_rope_head_dim=rope_dim,
+        v_head_dim=inner.integer("v_head_dim"),
+        intermediate_size=inner.integer("intermediate_size"),
+        moe_intermediate_size=inner.integer("moe_intermediate_size"),
+        num_dense_layers=inner.optional_integer("first_k_dense_replace") or 0,
+        num_experts=experts,
+        num_experts_per_token=per_token,
+        num_shared_experts=inner.integer("n_shared_experts"),
+        norm_topk_prob=inner.flag("norm_topk_prob", True),
+        routed_scaling_factor=inner.number("routed_scaling_factor", 1.0),
+        rms_norm_eps=inner.number("rms_norm_eps", 1e-6),
+        max_positions=inner.integer("max_position_embeddings"),
+        tie_word_embeddings=_tied(outer, inner),
+        rope=rope,
+        query_scale_beta=rope.query_scale_beta,
+        query_scale_positions=rope.original_positions or inner.integer("max_position_embeddings"),
+    )
+
+
+def _tied(outer: ConfigSection, inner: ConfigSection) -> bool:
+    # The wrapper decides: it owns lm_head.
+    return outer.flag("tie_word_embeddings", inner.flag("tie_word_embeddings", False))

@@ -1,0 +1,95 @@
+"""The paged KV pool: `[blocks, layers, block_tokens, row]`, so that a block is one run of bytes.
+
+A row index addresses a token of layer 0; the rows of layer l lie `l * block_tokens` rows further, so one index tensor
+serves all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from protos.contract.errors import BadFrame
+from workers.engine_api.types import KvLayout
+
+Rows = npt.NDArray[np.int64]
+
+
+class KvCache:
+    """The pool and the addresses in it. One block beyond `num_blocks` stays zero: padding of batched reads points there."""
+
+    def __init__(self, layout: KvLayout, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self._block_rows = layout.num_layers * layout.block_tokens
+        row_values = layout.row_bytes // dtype.itemsize
+        shape = ((num_blocks + 1) * self._block_rows, row_values)
+        self._bytes: memoryview | None = None
+        if device.type == "cpu":
+            # The system hands out zero pages one by one, so an unused block costs no memory.
+            raw = np.zeros(shape[0] * layout.row_bytes, dtype=np.uint8)
+            self._bytes = raw.data
+            self._rows = torch.from_numpy(raw).view(dtype).view(shape)
+        else:
+            self._rows = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def padding_row(self) -> int:
+        """A row that is zero in every layer."""
+        return self.num_blocks * self._block_rows
+
+    def row_index(self, block_table: Sequence[int], num_tokens: int) -> Rows:
+        """The rows of tokens `[0, num_tokens)` of a sequence."""
+        tokens = self.layout.block_tokens
+        blocks = np.asarray(block_table[: -(-num_tokens // tokens)], dtype=np.int64) * self._block_rows
+        return (blocks[:, None] + np.arange(tokens, dtype=np.int64)).reshape(-1)[:num_tokens]
+
+    def store(self, layer: int, slots: Tensor, rows: Tensor) -> None:
+        """Writes one row for each slot."""
+        self._layer(layer).index_copy_(0, slots, rows)
+
+    def load(self, layer: int, index: Tensor) -> Tensor:
+        """A copy of the rows of a 1-d index, `[len(index), row]`."""
+        return self._layer(layer).index_select(0, index)
+
+    def read(self, block_id: int, group: int) -> memoryview:
+        """The bytes of one layer group: a read-only view on a CPU, a copy from other devices."""
+        start, size = self._span(block_id, group)
+        if self._bytes is not None:
+            return self._bytes[start : start + size].toreadonly()
+        first = start // self.layout.row_bytes
+        part = self._rows[first : first + size // self.layout.row_bytes]
+        return part.contiguous().view(torch.uint8).flatten().cpu().numpy().data.toreadonly()
+
+    def write(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+        """Writes bytes into one layer group. Raises BadFrame, having written nothing, when they do not fit."""
+        start, size = self._span(block_id, group)
+        if offset_bytes < 0 or offset_bytes + data.nbytes > size:
+            raise BadFrame(f"block {block_id} group {group}: {data.nbytes} bytes at {offset_bytes} do not fit its {size} bytes")
+        start += offset_bytes
+        if self._bytes is not None:
+            self._bytes[start : start + data.nbytes] = data.cast("B")
+            return
+        flat = self._rows.view(torch.uint8).flatten()
+        source = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+        flat[start : start + data.nbytes].copy_(source)
+
+    def close(self) -> None:
+        """Frees the pool. Views that are still held keep their memory."""
+        self._bytes = None
+        self._rows = self._rows[:0].clone()
+
+    def _layer(self, layer: int) -> Tensor:
+        return self._rows[layer * self.layout.block_tokens :]
+
+    def _span(self, block_id: int, group: int) -> tuple[int, int]:
+        layout = self.layout
+        if not 0 <= block_id < self.num_blocks or not 0 <= group < layout.num_groups:
+            raise BadFrame(f"there is no layer group {group} of block {block_id} in a pool of {self.num_blocks} blocks")
+        layer_bytes = layout.block_tokens * layout.row_bytes
+        start = block_id * layout.block_bytes + group * layout.layers_per_group * layer_bytes
+        return start, layout.group_bytes(group)

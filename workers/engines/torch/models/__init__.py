@@ -1,0 +1,1 @@
+"""Decoders: a stack of layers over a batch of rows and a paged KV cache."""

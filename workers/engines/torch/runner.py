@@ -1,0 +1,101 @@
+"""The torch side of the batcher: a decoder, its paged pool, and one forward pass for a ragged batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from workers.batching.runner import Sampled, Slice
+from workers.engine_api.types import KvLayout, ModelIdentity
+from workers.engines.torch.config import DecoderConfig
+from workers.engines.torch.forward_batch import build_batch
+from workers.engines.torch.kv_cache import KvCache
+from workers.engines.torch.models.decoder import Decoder
+from workers.engines.torch.sampler import sample_rows
+
+
+def layout_of(config: DecoderConfig, dtype: torch.dtype, block_tokens: int) -> KvLayout:
+    """How the KV of a model lies in blocks."""
+    return KvLayout(
+        block_tokens=block_tokens,
+        num_layers=config.num_layers,
+        row_bytes=config.kv_row_values * dtype.itemsize,
+        dtype=str(dtype).removeprefix("torch."),
+        name=config.kv_layout_name,
+    )
+
+
+class TorchRunner:
+    """Implements workers.batching.runner.Runner. `run` belongs to one thread; blocks may be read and written beside it."""
+
+    def __init__(
+        self,
+        *,
+        decoder: Decoder,
+        identity: ModelIdentity,
+        layout: KvLayout,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._decoder = decoder
+        self._identity = identity
+        self._device = device
+        self._cache = KvCache(layout, num_blocks, dtype, device)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model; constant."""
+        return self._identity
+
+    @property
+    def layout(self) -> KvLayout:
+        """How KV bytes lie in a block; constant."""
+        return self._cache.layout
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        return self._cache.num_blocks
+
+    def run(self, batch: Sequence[Slice]) -> list[Sampled]:
+        """See Runner.run. A slice that cannot be computed fails alone."""
+        results = [Sampled(None, self._refusal(piece)) for piece in batch]
+        live = [index for index, result in enumerate(results) if result.error is None]
+        if not live:
+            return results
+        with torch.inference_mode():
+            logits = self._decoder.forward(
+                build_batch([batch[index] for index in live], self._cache, self._device), self._cache
+            )
+            drawn = [index for index in live if batch[index].sample]
+            tokens = sample_rows(logits, [(batch[index].sampling, batch[index].output_index) for index in drawn])
+        for index, token in zip(drawn, tokens, strict=True):
+            results[index] = Sampled(token, "the logits are not finite" if token is None else None)
+        return results
+
+    def read_block(self, block_id: int, group: int) -> memoryview:
+        """See Runner.read_block."""
+        return self._cache.read(block_id, group)
+
+    def write_block(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+        """See Runner.write_block."""
+        self._cache.write(block_id, group, offset_bytes, data)
+
+    def close(self) -> None:
+        """Frees the pool. Idempotent."""
+        self._cache.close()
+
+    def _refusal(self, piece: Slice) -> str | None:
+        end = piece.start + piece.count
+        if piece.count < 1 or piece.start < 0 or end > len(piece.tokens):
+            return f"rows [{piece.start}, {end}) of {len(piece.tokens)} tokens"
+        if end > len(piece.block_table) * self.layout.block_tokens:
+            return f"{len(piece.block_table)} blocks do not hold {end} rows"
+        if end > self._identity.context_tokens:
+            return f"position {end - 1} is beyond the context of {self._identity.context_tokens} tokens"
+        fed = piece.tokens[piece.start : end]
+        if min(fed) < 0 or max(fed) >= self._identity.vocab_size:
+            return f"a token id is outside the vocabulary of {self._identity.vocab_size}"
+        return None
