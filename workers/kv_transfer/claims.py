@@ -1,0 +1,103 @@
+"""What a sender claims, checked before anything is allocated. Pure; every field is hostile input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protos.contract.errors import BadFrame, FingerprintMismatch, StaleEpoch, StaleIncarnation
+from protos.contract.redis_names import is_name, unpack_tokens
+from protos.wire import common, differing_fields, kv
+from workers.engine_api.types import EngineRequest, KvLayout
+from workers.kv_transfer.block_names import sequence_hashes
+
+MAX_NEXT_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addressee:
+    """Who this process is now."""
+
+    instance_id: str
+    incarnation: int
+    fingerprint: common.Fingerprint
+    layout: KvLayout
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """A hand-off that Redis assigned to this instance, and all that is known of it from there."""
+
+    request: EngineRequest
+    source_instance: str
+    source_incarnation: int
+    capability: bytes = b""
+
+    @property
+    def num_tokens(self) -> int:
+        """KV rows that must come."""
+        return len(self.request.prompt) + len(self.request.output)
+
+
+def check_addressee(claim: kv.OpenRequest, here: Addressee) -> None:
+    """The cheap checks that need no look-up.
+
+    Raises BadFrame for malformed fields, StaleIncarnation when another process is meant, FingerprintMismatch with the
+    names and values of the fields that differ.
+    """
+    for name in (claim.request_id, claim.source_instance, claim.target_instance):
+        if not is_name(name):
+            raise BadFrame("open: a request or instance id is malformed")
+    if claim.target_instance != here.instance_id or claim.target_incarnation != here.incarnation:
+        raise StaleIncarnation(
+            f"open for {claim.target_instance} incarnation {claim.target_incarnation}; "
+            f"this is {here.instance_id} incarnation {here.incarnation}"
+        )
+    differing = differing_fields(here.fingerprint, claim.fingerprint)
+    if differing:
+        raise FingerprintMismatch(
+            f"{claim.source_instance} and {here.instance_id} do not serve the same thing: {'; '.join(differing)}"
+        )
+    if claim.layers_per_group != here.layout.layers_per_group:
+        raise BadFrame(f"open: {claim.layers_per_group} layers in a group, not {here.layout.layers_per_group}")
+
+
+def check_expected(claim: kv.OpenRequest, expected: Expectation, here: Addressee) -> None:
+    """Compares what the sender claims with what Redis assigned.
+
+    Raises StaleEpoch or StaleIncarnation when the sender is not (any more) the assigned one, BadFrame when a number, a hash
+    or the capability is not what it must be.
+    """
+    request = expected.request
+    if claim.epoch != request.epoch:
+        raise StaleEpoch(f"{claim.request_id}: epoch {claim.epoch} is not {request.epoch}")
+    source = (claim.source_instance, claim.source_incarnation)
+    if source != (expected.source_instance, expected.source_incarnation):
+        raise StaleIncarnation(
+            f"{claim.request_id}: comes from {source[0]} incarnation {source[1]}, assigned is "
+            f"{expected.source_instance} incarnation {expected.source_incarnation}"
+        )
+    if claim.capability.SerializeToString(deterministic=True) != expected.capability:
+        raise BadFrame(f"{claim.request_id}: the capability is not the one of the assignment")
+    num_blocks = -(-expected.num_tokens // here.layout.block_tokens)
+    if (claim.num_tokens, claim.num_blocks) != (expected.num_tokens, num_blocks):
+        raise BadFrame(
+            f"{claim.request_id}: {claim.num_tokens} tokens in {claim.num_blocks} blocks, "
+            f"the request has {expected.num_tokens} in {num_blocks}"
+        )
+    if claim.block_hashes != sequence_hashes(here.fingerprint, request):
+        raise BadFrame(f"{claim.request_id}: the block hashes are not those of the request's tokens")
+
+
+def check_end(end: kv.EndFrame, expected: Expectation, here: Addressee) -> tuple[int, ...]:
+    """The tokens to go on with. Raises BadFrame when counts, indexes or ids are out of place."""
+    if end.num_tokens != expected.num_tokens:
+        raise BadFrame(f"end: {end.num_tokens} tokens, opened with {expected.num_tokens}")
+    if end.first_output_index != len(expected.request.output):
+        raise BadFrame(f"end: goes on at output {end.first_output_index}, not {len(expected.request.output)}")
+    if not 4 <= len(end.next_token_ids) <= 4 * MAX_NEXT_TOKENS or len(end.next_token_ids) % 4:
+        raise BadFrame(f"end: {len(end.next_token_ids)} bytes of next tokens")
+    tokens = tuple(unpack_tokens(end.next_token_ids))
+    if max(tokens) >= here.vocab_size:
+        raise BadFrame(f"end: token id {max(tokens)} is outside the vocabulary of {here.vocab_size}")
+    return tokens

@@ -1,0 +1,118 @@
+"""One Push call as its sender sees it: frames out under credit, the outcome in."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from protos.contract.errors import AutanError, BadFrame, HandoffTimeout, PeerUnavailable
+from protos.rpc import error_of
+from protos.wire import kv, wire_to_error
+
+
+def stream_error(error: grpc.RpcError) -> AutanError:
+    """The error behind a broken call; what the tree does not name counts as an unreachable peer."""
+    found = error_of(error)
+    return PeerUnavailable(found.message) if found.reason == "INTERNAL_ERROR" else found
+
+
+class PushStream:
+    """Sends frames, never more bytes than the receiver granted, and never waits longer than `timeout_s` for anything.
+
+    Every method raises the receiver's refusal as soon as it is known, PeerUnavailable when the stream breaks and
+    HandoffTimeout when the receiver grants, reads or answers nothing in time. `news` is set when something arrives.
+    """
+
+    def __init__(
+        self, call: grpc.aio.StreamStreamCall[Any, Any], credit_bytes: int, timeout_s: float, news: asyncio.Event
+    ) -> None:
+        self._call = call
+        self._credit = credit_bytes
+        self._timeout_s = timeout_s
+        self._wake = asyncio.Event()
+        self._news = news
+        self._commit: kv.Commit | None = None
+        self._error: AutanError | None = None
+        self._reader = asyncio.create_task(self._read())
+
+    @property
+    def over(self) -> bool:
+        """True when the receiver has ended the stream, one way or the other."""
+        return self._commit is not None or self._error is not None
+
+    def check(self) -> None:
+        """Raises what ended the stream, if anything did."""
+        if self._error is not None:
+            raise self._error
+        if self._commit is not None:
+            raise BadFrame("the receiver committed before the end of the transfer")
+
+    async def send(self, frame: kv.PushFrame, cost_bytes: int = 0) -> None:
+        """Writes one frame when `cost_bytes` of credit are there."""
+        await self._wait(lambda: self._credit >= cost_bytes, "credit")
+        self.check()
+        self._credit -= cost_bytes
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._call.write(frame)
+        except TimeoutError as error:
+            raise HandoffTimeout(f"the receiver took no frame for {self._timeout_s} s") from error
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            await self._wait(lambda: self.over, "the reason of a broken stream")
+            self.check()
+            raise PeerUnavailable("the stream broke") from error
+
+    async def commit(self) -> kv.Commit:
+        """Waits for the receiver's commit after the end frame."""
+        await self._wait(lambda: self.over, "the commit")
+        if self._error is not None:
+            raise self._error
+        assert self._commit is not None
+        return self._commit
+
+    async def close(self) -> None:
+        """Ends the call, whatever its stage. Idempotent."""
+        self._call.cancel()
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def _wait(self, ready: Any, what: str) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while not ready() and not self.over:
+                    self._wake.clear()
+                    await self._wake.wait()
+        except TimeoutError as error:
+            raise HandoffTimeout(f"the receiver gave no answer for {self._timeout_s} s: waited for {what}") from error
+
+    async def _read(self) -> None:
+        error: AutanError = PeerUnavailable("the receiver ended the stream without an outcome")
+        try:
+            async for reply in self._call:
+                self._take(reply)
+                if self.over:
+                    return
+        except grpc.RpcError as broken:
+            error = stream_error(broken)
+        except asyncio.CancelledError:
+            error = PeerUnavailable("the stream was cancelled")
+        finally:
+            if not self.over:
+                self._error = error
+            self._notify()
+
+    def _take(self, reply: kv.PushReply) -> None:
+        self._credit += reply.credit_bytes
+        outcome = reply.WhichOneof("outcome")
+        if outcome == "commit":
+            self._commit = reply.commit
+        elif outcome == "refused":
+            self._error = wire_to_error(reply.refused)
+        self._notify()
+
+    def _notify(self) -> None:
+        self._wake.set()
+        self._news.set()

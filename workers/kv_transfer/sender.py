@@ -1,0 +1,349 @@
+"""The sending side of hand-offs: pushes finished blocks of a request while its later chunks still compute.
+
+The receiver's commit makes it the holder. When the reply is lost, the truth is in Redis, so the sender asks there before it
+opens again; opening again with the same request, epoch and incarnation continues the same transfer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from protos.contract.errors import (
+    AutanError,
+    BadFrame,
+    CapacityError,
+    DigestMismatch,
+    FenceError,
+    HandoffTimeout,
+    PeerUnavailable,
+    StaleEpoch,
+)
+from protos.contract.redis_names import pack_tokens
+from protos.rpc import kv_pb2_grpc
+from protos.wire import common, fingerprint_key, kv
+from workers.engine_api.types import EngineRequest
+from workers.kv_transfer.block_names import sequence_hashes
+from workers.kv_transfer.counters import TransferCounters
+from workers.kv_transfer.digest import DigestScope
+from workers.kv_transfer.frames import split
+from workers.kv_transfer.lifecycle import Lifecycle, SendState, sending
+from workers.kv_transfer.port import EnginePort
+from workers.kv_transfer.push_stream import PushStream, stream_error
+
+_OPEN_BACKOFF_S = (0.05, 1.0)
+_CLOSE_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a request, as Redis says."""
+
+    epoch: int
+    state: str
+    instance_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffJob:
+    """One request on its way from one instance to another."""
+
+    request: EngineRequest
+    source_instance: str
+    source_incarnation: int
+    target_instance: str
+    target_incarnation: int
+    fingerprint: common.Fingerprint
+    capability: bytes = b""  # serialised kv.Capability; empty until capabilities are signed
+
+    @property
+    def num_tokens(self) -> int:
+        """KV rows to hand over: everything that was known when the prefill began."""
+        return len(self.request.prompt) + len(self.request.output)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """What the target needs to go on. `prefill_ended_s` is monotonic time."""
+
+    next_token_ids: tuple[int, ...]
+    first_output_index: int
+    timeline: common.Timeline
+    prefill_ended_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffResult:
+    """What a committed hand-off took. `exposed_s` is the end of the prefill to the commit."""
+
+    blocks: int
+    reused_blocks: int
+    bytes: int
+    transfer_s: float
+    exposed_s: float
+
+
+async def _pass(point: str) -> None:
+    del point
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendContext:
+    """What all hand-offs of one process share. Times are seconds; `open_patience_s` bounds waiting for room or for the peer."""
+
+    port: EnginePort
+    holder_of: Callable[[str], Awaitable[Holder | None]]
+    counters: TransferCounters
+    frame_bytes: int
+    progress_timeout_s: float
+    open_patience_s: float
+    engine_alive: Callable[[], bool] = lambda: True
+    reach: Callable[[str], Awaitable[None]] = _pass
+    on_progress: Callable[[str, int], None] = lambda request_id, epoch: None
+
+
+@dataclass(slots=True)
+class _Measures:
+    blocks: int = 0
+    reused: int = 0
+    bytes: int = 0
+    busy_s: float = 0.0
+    seen: set[int] = field(default_factory=set)
+
+
+def _stub(channel: grpc.aio.Channel) -> Any:
+    make: Any = kv_pb2_grpc.KvTransferStub
+    return make(channel)
+
+
+class Handoff:
+    """One hand-off. `blocks_ready` and `end` feed it, `run` carries it out; the caller gives the blocks back afterwards.
+
+    `run` may be cancelled at any point: nothing is exported after that. `lifecycle` is then not COMMITTED, and the caller
+    aborts it.
+    """
+
+    def __init__(self, job: HandoffJob, channel: grpc.aio.Channel, context: SendContext) -> None:
+        self.job = job
+        self.lifecycle: Lifecycle[SendState] = sending()
+        self._stub = _stub(channel)
+        self._context = context
+        self._scope = DigestScope(fingerprint_key(job.fingerprint), job.request.request_id, job.request.epoch)
+        self._block_ids: tuple[int, ...] = ()
+        self._ready_blocks = 0
+        self._ending: Ending | None = None
+        self._wake = asyncio.Event()
+        self._transfer_id = ""
+        self._measures = _Measures()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the whole sequence, the partial one included."""
+        return -(-self.job.num_tokens // self._context.port.layout.block_tokens)
+
+    def blocks_ready(self, computed_tokens: int, block_ids: tuple[int, ...]) -> None:
+        """The first `computed_tokens` rows are final, in pinned `block_ids`: their full blocks may go."""
+        self._block_ids = block_ids
+        self._ready_blocks = max(self._ready_blocks, computed_tokens // self._context.port.layout.block_tokens)
+        self._wake.set()
+
+    def end(self, ending: Ending, block_ids: tuple[int, ...]) -> None:
+        """All rows are final: the rest may go, the last partial block included, and then the end frame."""
+        self._block_ids = block_ids or self._block_ids
+        self._ready_blocks = self.num_blocks
+        self._ending = ending
+        self._wake.set()
+
+    async def run(self) -> HandoffResult:
+        """Hands over and returns after the commit.
+
+        A broken stream is continued once and a bad digest is sent again once; then the error is raised: StaleEpoch or
+        StaleIncarnation when this hand-off is fenced, otherwise a HandoffError, CapacityError or UnavailableError.
+        """
+        breaks_left, digests_left = 1, 1
+        while not self._ready_blocks and self._ending is None:
+            await self._wait_for_wake()
+        while True:
+            try:
+                return await self._attempt()
+            except DigestMismatch:
+                if not digests_left:
+                    raise
+                digests_left -= 1
+            except (PeerUnavailable, HandoffTimeout):
+                if self.lifecycle.state is not SendState.OPENING and await self._is_committed():
+                    return self._committed()
+                if not breaks_left:
+                    raise
+                breaks_left -= 1
+            if self.lifecycle.state is not SendState.OPENING:
+                self.lifecycle.move(SendState.OPENING)
+
+    async def close(self, reason: str) -> None:
+        """Tells the receiver that nothing more comes. Best effort, bounded, never raises."""
+        if not self._transfer_id or self.lifecycle.state in (SendState.COMMITTED, SendState.RELEASED):
+            return
+        request = self.job.request
+        message = kv.CloseRequest(
+            transfer_id=self._transfer_id, request_id=request.request_id, epoch=request.epoch, reason=reason
+        )
+        try:
+            await self._stub.Close(message, timeout=_CLOSE_TIMEOUT_S)
+        except grpc.RpcError:
+            return
+
+    async def _attempt(self) -> HandoffResult:
+        await self._context.reach("handoff.before_open")
+        reply = await self._open()
+        if not 0 <= reply.first_block <= self.num_blocks or reply.credit_bytes < 2:
+            raise BadFrame(f"the receiver answered first_block {reply.first_block} and {reply.credit_bytes} bytes of credit")
+        if self._measures.blocks == 0:
+            self._measures.reused = reply.first_block
+        self.lifecycle.move(SendState.STREAMING)
+        self._progress()
+        stream = PushStream(self._stub.Push(), reply.credit_bytes, self._context.progress_timeout_s, self._wake)
+        try:
+            await self._push(stream, reply)
+            await self._finish(stream)
+        finally:
+            await stream.close()
+        return self._committed()
+
+    def _committed(self) -> HandoffResult:
+        self.lifecycle.move(SendState.COMMITTED)
+        self._progress()
+        ended_s = self._ending.prefill_ended_s if self._ending else time.monotonic()
+        counters, measures = self._context.counters, self._measures
+        counters.handoffs_committed += 1
+        return HandoffResult(
+            blocks=measures.blocks,
+            reused_blocks=measures.reused,
+            bytes=measures.bytes,
+            transfer_s=measures.busy_s,
+            exposed_s=time.monotonic() - ended_s,
+        )
+
+    async def _open(self) -> kv.OpenReply:
+        give_up_s = time.monotonic() + self._context.open_patience_s
+        delay_s, longest_s = _OPEN_BACKOFF_S
+        request = self._open_request()
+        while True:
+            try:
+                reply: kv.OpenReply = await self._stub.Open(request, timeout=self._context.progress_timeout_s)
+                self._transfer_id = reply.transfer_id
+                return reply
+            except grpc.RpcError as error:
+                refusal = stream_error(error)
+            if not isinstance(refusal, (CapacityError, PeerUnavailable)) or time.monotonic() + delay_s > give_up_s:
+                raise refusal
+            await asyncio.sleep(max(delay_s, min(refusal.retry_after_s, longest_s)))
+            delay_s = min(2 * delay_s, longest_s)
+
+    def _open_request(self) -> kv.OpenRequest:
+        job, layout = self.job, self._context.port.layout
+        return kv.OpenRequest(
+            request_id=job.request.request_id,
+            epoch=job.request.epoch,
+            source_instance=job.source_instance,
+            source_incarnation=job.source_incarnation,
+            target_instance=job.target_instance,
+            target_incarnation=job.target_incarnation,
+            fingerprint=job.fingerprint,
+            num_tokens=job.num_tokens,
+            num_blocks=self.num_blocks,
+            block_hashes=sequence_hashes(job.fingerprint, job.request),
+            layers_per_group=layout.layers_per_group,
+            capability=kv.Capability.FromString(job.capability),
+            deadline_s=self._context.progress_timeout_s,
+        )
+
+    async def _push(self, stream: PushStream, reply: kv.OpenReply) -> None:
+        frame_bytes = min(self._context.frame_bytes, reply.credit_bytes // 2)
+        for index in range(reply.first_block, self.num_blocks):
+            while index >= self._ready_blocks:
+                await self._beat(stream)
+            started_s = time.monotonic()
+            await self._push_block(stream, index, frame_bytes)
+            self._measures.busy_s += time.monotonic() - started_s
+            self._count_block(index)
+            self._progress()
+        while self._ending is None:
+            await self._beat(stream)
+
+    async def _push_block(self, stream: PushStream, index: int, frame_bytes: int) -> None:
+        port, request = self._context.port, self.job.request
+        for group in range(port.layout.num_groups):
+            await self._context.reach("handoff.mid_push")
+            data = port.export_kv(self._block_ids[index], group)
+            digest = self._scope.of(index, group, data)
+            for frame in split(index, group, data, digest, frame_bytes):
+                message = kv.PushFrame(transfer_id=self._transfer_id, epoch=request.epoch, data=frame)
+                await stream.send(message, len(frame.payload))
+                self._measures.bytes += len(frame.payload)
+                self._context.counters.kv_bytes_sent += len(frame.payload)
+
+    def _count_block(self, index: int) -> None:
+        self._context.counters.kv_blocks_sent += 1
+        if index not in self._measures.seen:
+            self._measures.seen.add(index)
+            self._measures.blocks += 1
+
+    async def _finish(self, stream: PushStream) -> None:
+        ending = self._ending
+        assert ending is not None
+        await self._context.reach("handoff.before_end")
+        timeline = common.Timeline()
+        timeline.CopyFrom(ending.timeline)
+        timeline.handoff_blocks = self._measures.blocks
+        timeline.handoff_reused_blocks = self._measures.reused
+        timeline.handoff_bytes = self._measures.bytes
+        timeline.handoff_s = self._measures.busy_s
+        end = kv.EndFrame(
+            num_tokens=self.job.num_tokens,
+            next_token_ids=pack_tokens(ending.next_token_ids),
+            first_output_index=ending.first_output_index,
+            timeline=timeline,
+            since_prefill_s=time.monotonic() - ending.prefill_ended_s,
+        )
+        self.lifecycle.move(SendState.ENDING)
+        await stream.send(kv.PushFrame(transfer_id=self._transfer_id, epoch=self.job.request.epoch, end=end))
+        commit = await stream.commit()
+        if commit.epoch != self.job.request.epoch:
+            raise StaleEpoch(f"{self.job.request.request_id}: committed at epoch {commit.epoch}")
+
+    async def _beat(self, stream: PushStream) -> None:
+        """Waits for news; tells the receiver now and then that this side is alive while its engine is."""
+        try:
+            async with asyncio.timeout(self._context.progress_timeout_s / 4):
+                await self._wait_for_wake()
+        except TimeoutError:
+            if self._context.engine_alive():
+                await stream.send(kv.PushFrame(transfer_id=self._transfer_id, epoch=self.job.request.epoch))
+        stream.check()
+
+    async def _wait_for_wake(self) -> None:
+        await self._wake.wait()
+        self._wake.clear()
+
+    async def _is_committed(self) -> bool:
+        request = self.job.request
+        holder = await self._context.holder_of(request.request_id)
+        if holder is None or holder.epoch != request.epoch:
+            raise StaleEpoch(f"{request.request_id}: epoch {request.epoch} is over")
+        target = (self.job.target_instance, self.job.target_incarnation)
+        return (holder.instance_id, holder.incarnation) == target
+
+    def _progress(self) -> None:
+        self._context.on_progress(self.job.request.request_id, self.job.request.epoch)
+
+
+def is_fence(error: AutanError) -> bool:
+    """True when the hand-off did not fail but was overtaken: somebody else decides what becomes of the request."""
+    return isinstance(error, FenceError)
