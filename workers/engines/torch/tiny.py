@@ -107,6 +107,7 @@ def write_tiny(kind: str, out_dir: Path, seed: int, **dims: Any) -> Path:
         write_json(staging / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11})
         for name, content in byte_tokenizer_files(config.vocab_size, _NUM_SPECIAL).items():
             write_json(staging / name, content)
+        (staging / "model.safetensors").chmod(0o644)
         staging.chmod(0o755)
         staging.rename(out_dir)
     finally:

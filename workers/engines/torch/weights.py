@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -151,3 +152,9 @@ def weights_digest(model_dir: Path) -> str:
         except OSError as error:
             raise ModelError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     return str(digest.hexdigest())
+
+
+def check_checkpoint(model_dir: Path, shapes: Shapes) -> int:
+    """The number of parameters, when the tensors fit. Raises ModelError as `open_checkpoint` does; loads nothing."""
+    with open_checkpoint(model_dir, shapes, torch.float32, torch.device("cpu")):
+        return sum(math.prod(shape) for shape in shapes.values())
