@@ -1,0 +1,61 @@
+-- autan_assign: the leader places queued requests on a prefill and a decode instance.
+-- ARGV  leader_id, leader_epoch, lease_ms, k (at most 64),
+--       then k x (id, expected_epoch, p_inst, p_inc, d_inst, d_inc, p_blocks, d_blocks)
+-- Reply OK, then k x (code, epoch): OK with the new epoch, else with the current one (0 when GONE):
+--       STALE  another epoch; an instance that is missing, of another incarnation, not READY, or asked to drain
+--       STATE  not QUEUED      GONE  no such request
+--       | NOT_LEADER
+-- Promise: epoch + 1, state ASSIGNED, both loads charged, PREFILL in the inbox of P and EXPECT in that of D (one PREFILL
+-- when they are the same), a lease until P picks: all of it or nothing, for each request by itself.
+local function takes_work(c, instance, incarnation)
+  local i = redis.call('HMGET', k_instance(c, instance), 'incarnation', 'state', 'want_drain')
+  return i[1] == incarnation and i[2] == 'READY' and i[3] ~= '1'
+end
+
+local function assign_one(c, a, lease_ms)
+  local r = load_request(c, a.id)
+  if not r then return 'GONE', '0' end
+  if r.epoch ~= a.epoch then return 'STALE', r.epoch end
+  if r.state ~= 'QUEUED' then return 'STATE', r.epoch end
+  if not (takes_work(c, a.p, a.p_inc) and takes_work(c, a.d, a.d_inc)) then return 'STALE', r.epoch end
+  check_move(c, r, 'ASSIGNED')
+  set(c, r, {
+    state = 'ASSIGNED', epoch = text(tonumber(r.epoch) + 1), holder = '', holder_inc = '', picked_ms = '',
+    p = a.p, p_inc = a.p_inc, p_open = '1', p_blocks = a.p_blocks,
+    p_tokens = text(tonumber(r.prompt_tokens) + journal_length(c, a.id)),
+    d = a.d, d_inc = a.d_inc, d_open = '1', d_blocks = a.d_blocks,
+  })
+  enter_roles(c, r)
+  redis.call('ZREM', k(c, 'ready'), a.id)
+  redis.call('ZADD', k(c, 'lease'), text(c.now + lease_ms), a.id)
+  if a.p ~= a.d then push(c, a.d, a.d_inc, 'expect', a.id, r.epoch) end
+  push(c, a.p, a.p_inc, 'prefill', a.id, r.epoch)
+  count(c, 'assigned')
+  return 'OK', r.epoch
+end
+
+local function autan_assign(keys, args)
+  local c = open('autan_assign', keys, args)
+  local leader = take_name(c, 'leader_id')
+  local leader_epoch = take_epoch(c, 'leader_epoch')
+  local lease_ms = take_int(c, 'lease_ms', 0)
+  local wanted = {}
+  for at = 1, take_int(c, 'k', 0, 64) do
+    wanted[at] = {
+      id = take_name(c, 'id'), epoch = take_epoch(c, 'expected_epoch'),
+      p = take_name(c, 'p_inst'), p_inc = take_epoch(c, 'p_inc'),
+      d = take_name(c, 'd_inst'), d_inc = take_epoch(c, 'd_inc'),
+      p_blocks = text(take_int(c, 'p_blocks', 0)), d_blocks = text(take_int(c, 'd_blocks', 0)),
+    }
+  end
+  taken_all(c)
+  if not leads(c, leader, leader_epoch) then return {'NOT_LEADER'} end
+  local reply = {'OK'}
+  for _, a in ipairs(wanted) do
+    local code, epoch = assign_one(c, a, lease_ms)
+    reply[#reply + 1] = code
+    reply[#reply + 1] = epoch
+  end
+  return reply
+end
+redis.register_function{function_name = 'autan_assign', callback = autan_assign, flags = {'allow-oom'}}

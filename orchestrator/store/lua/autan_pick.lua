@@ -1,0 +1,86 @@
+-- autan_pick: an instance reads its inbox.
+-- ARGV  instance_id, incarnation, ack_seq, max_n (at most 64), lease_ms
+-- Reply OK, now_ms, k, k x (seq, kind, id, epoch, spec, journal, peer_inst, peer_addr, peer_inc,
+--       ingress_id, ingress_addr, ingress_epoch, submitted_ms, attempts) | STALE | GONE
+--       prefill  compute it; the peer decodes (itself: do both). The caller holds the request from now on, under a lease.
+--       expect   the peer prefills and hands over
+--       revoke   drop the request up to this epoch; also told of a prefill or expect that ended before it was read
+--       owner    send what is not acknowledged to this ingress
+--       revoke and owner have no spec, journal or peer; a revoke has no ingress.
+-- Promise: entries up to ack_seq are dropped, later ones are told again until then, in order, without another effect.
+-- Fewer than max_n entries do not mean that the inbox is empty: a reply holds at most 8 MiB unless one entry is larger.
+local function is_part(r, side, instance, incarnation)
+  return r[side] == instance and r[side .. '_inc'] == incarnation
+end
+
+-- What an entry means now: the kind to tell, or nil when there is nothing to tell any more.
+local function meaning(r, kind, epoch, instance, incarnation)
+  if kind == 'revoke' then return 'revoke' end
+  local current = r and r.epoch == epoch
+  if kind == 'owner' then
+    local party = current and (is_part(r, 'p', instance, incarnation) or is_part(r, 'd', instance, incarnation))
+    return party and LIVE[r.state] and 'owner' or nil
+  end
+  if not current or not PLACED[r.state] then return 'revoke' end
+  if not is_part(r, kind == 'prefill' and 'p' or 'd', instance, incarnation) then return 'revoke' end
+  -- DECODING: the caller knows it, for it took part in the hand-off.
+  return r.state ~= 'DECODING' and kind or nil
+end
+
+local function hold(c, r, instance, incarnation, lease_ms)
+  if r.state == 'ASSIGNED' then
+    check_move(c, r, 'PREFILLING')
+    set(c, r, {state = 'PREFILLING', holder = instance, holder_inc = incarnation, picked_ms = text(c.now)})
+  end
+  redis.call('ZADD', k(c, 'lease'), text(c.now + lease_ms), r.id)
+end
+
+local function entry_reply(c, seq, kind, id, epoch, r)
+  if kind == 'revoke' then return {seq, kind, id, epoch, '', '', '', '', '', '', '', '', '', ''} end
+  local spec, journal, peer, peer_addr, peer_inc = '', '', '', '', ''
+  if kind ~= 'owner' then
+    local side = kind == 'prefill' and 'd' or 'p'
+    peer, peer_inc = r[side], r[side .. '_inc']
+    peer_addr = redis.call('HGET', k_instance(c, peer), 'addr') or ''
+    spec = redis.call('HGET', k_request(c, id), 'spec') or ''
+    journal = redis.call('GETRANGE', k_journal(c, id), 0, -1)
+  end
+  return {
+    seq, kind, id, epoch, spec, journal, peer, peer_addr, peer_inc,
+    r.ing, r.ing_addr, r.ing_epoch, r.submitted_ms, r.attempts,
+  }
+end
+
+local function autan_pick(keys, args)
+  local c = open('autan_pick', keys, args)
+  local instance = take_name(c, 'instance_id')
+  local incarnation = take_epoch(c, 'incarnation')
+  local ack_seq = take_int(c, 'ack_seq', 0)
+  local max_n = take_int(c, 'max_n', 1, 64)
+  local lease_ms = take_int(c, 'lease_ms', 0)
+  taken_all(c)
+  if redis.call('EXISTS', k_instance(c, instance)) == 0 then return {'GONE'} end
+  if not is_current(c, instance, incarnation) then return stale(c) end
+  local inbox = k_inbox(c, instance)
+  redis.call('ZREMRANGEBYSCORE', inbox, '-inf', text(ack_seq))
+  local entries = redis.call('ZRANGE', inbox, 0, max_n - 1, 'WITHSCORES')
+  local reply, told, bytes = {'OK', text(c.now), 0}, 0, 0
+  for at = 1, #entries, 2 do
+    local kind, id, epoch = string.match(entries[at], '^(%l+)|(.*)|(%d+)$')
+    local r = load_request(c, id)
+    local told_kind = meaning(r, kind, epoch, instance, incarnation)
+    if not told_kind then
+      redis.call('ZREM', inbox, entries[at])
+    else
+      local fields = entry_reply(c, entries[at + 1], told_kind, id, epoch, r)
+      bytes = bytes + #fields[5] + #fields[6]
+      if told > 0 and bytes > PICK_BYTES then break end
+      if told_kind == 'prefill' then hold(c, r, instance, incarnation, lease_ms) end
+      for _, field in ipairs(fields) do reply[#reply + 1] = field end
+      told = told + 1
+    end
+  end
+  reply[3] = told
+  return reply
+end
+redis.register_function{function_name = 'autan_pick', callback = autan_pick, flags = {'allow-oom'}}
