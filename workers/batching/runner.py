@@ -19,7 +19,7 @@ class Slice:
     """
 
     request_id: str
-    tokens: Sequence[int]        # prompt + output, all known tokens
+    tokens: Sequence[int]  # prompt + output, all known tokens
     num_prompt_tokens: int
     start: int
     count: int

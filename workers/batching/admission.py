@@ -1,0 +1,50 @@
+"""What an engine accepts. Checks only; nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from protos.contract.errors import BadFrame, InvalidRequest, OutOfBlocks, PromptTooLong
+from workers.engine_api.types import EngineRequest, ModelIdentity, Phase
+
+
+def check_request(request: EngineRequest, identity: ModelIdentity) -> None:
+    """Raises InvalidRequest, or PromptTooLong when no token could follow within the context."""
+    name = request.request_id
+    if not request.prompt:
+        raise InvalidRequest(f"{name}: the prompt is empty")
+    for what, tokens in (("prompt", request.prompt), ("output", request.output)):
+        if not tokens_in_vocabulary(tokens, identity.vocab_size):
+            raise InvalidRequest(f"{name}: a token id of the {what} is outside 0..{identity.vocab_size - 1}")
+    if len(request.output) >= request.sampling.max_tokens:
+        raise InvalidRequest(f"{name}: {len(request.output)} of max_tokens={request.sampling.max_tokens} are there already")
+    known = len(request.prompt) + len(request.output)
+    if known >= identity.context_tokens:
+        raise PromptTooLong(f"{name}: {known} tokens leave no room in a context of {identity.context_tokens}")
+
+
+def tokens_in_vocabulary(tokens: Sequence[int], vocab_size: int) -> bool:
+    return not tokens or (min(tokens) >= 0 and max(tokens) < vocab_size)
+
+
+def check_fits(request: EngineRequest, identity: ModelIdentity, block_tokens: int, num_blocks: int) -> None:
+    """Raises OutOfBlocks when even an empty pool could not take the sequence to its end."""
+    rows = len(request.prompt) + len(request.output)
+    if request.phase is Phase.FULL:
+        # The last token is never fed back: it needs no row.
+        rows = min(len(request.prompt) + request.sampling.max_tokens, identity.context_tokens) - 1
+    blocks = -(-rows // block_tokens)
+    if blocks > num_blocks:
+        raise OutOfBlocks(f"{request.request_id}: needs {blocks} KV blocks, the whole pool has {num_blocks}")
+
+
+def check_handed_tokens(request: EngineRequest, tokens: Sequence[int], identity: ModelIdentity) -> None:
+    """Raises BadFrame unless a sequence can go on behind these sampled tokens."""
+    name = request.request_id
+    if not tokens:
+        raise BadFrame(f"{name}: no sampled token was handed over, there is nothing to go on from")
+    if not tokens_in_vocabulary(tokens, identity.vocab_size):
+        raise BadFrame(f"{name}: a sampled token is outside 0..{identity.vocab_size - 1}")
+    outputs = len(request.output) + len(tokens)
+    if outputs >= request.sampling.max_tokens or len(request.prompt) + outputs >= identity.context_tokens:
+        raise BadFrame(f"{name}: the tokens handed over end the request")

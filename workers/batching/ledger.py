@@ -1,0 +1,143 @@
+"""Who owns the blocks: sequences, and pins taken for transfers. Every reference in the pool is explained here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence as Listing
+from dataclasses import dataclass
+
+from protos.contract.errors import OutOfBlocks
+from workers.batching.block_pool import BlockPool
+from workers.batching.prefix_cache import PrefixCache
+from workers.batching.sequence import Sequence
+from workers.engine_api.types import CacheEvent
+
+Key = tuple[str, int]  # request id, epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A sequence is to have `total` blocks, the first of which are the cached `hits`."""
+
+    sequence: Sequence
+    hits: Listing[int]
+    total: int
+
+
+class BlockLedger:
+    """Moves block references between the pool, sequences and pins, and files full blocks in the prefix cache."""
+
+    def __init__(self, num_blocks: int, prefix_cache: bool) -> None:
+        self._cache = PrefixCache()
+        self._caching = prefix_cache
+        self.pool = BlockPool(num_blocks, self._cache.drop)
+        self._pins: dict[Key, dict[int, None]] = {}
+        self._pinned: Counter[int] = Counter()
+
+    def match(self, sequence: Sequence, max_tokens: int) -> list[int]:
+        """Cached blocks that hold the first rows of the sequence, `max_tokens` at most. Changes nothing in the pool."""
+        if not self._caching:
+            return []
+        return self._cache.match(sequence.names_of(max_tokens // sequence.block_tokens))
+
+    def match_prefill(self, sequence: Sequence) -> list[int]:
+        """As `match`, but leaves at least one token to compute: its logits give the next token."""
+        return self.match(sequence, len(sequence.tokens) - 1)
+
+    def give(self, grants: Listing[Grant]) -> None:
+        """Gives empty-handed sequences their cached blocks and as many new ones as make their totals.
+
+        Raises OutOfBlocks, and gives nothing to anyone, when they are not there.
+        """
+        for grant in grants:
+            assert not grant.sequence.blocks, f"{grant.sequence.request_id} has blocks already"
+            self.pool.share(grant.hits)  # of all, before anything is evicted
+        try:
+            fresh = self.pool.allocate(sum(grant.total - len(grant.hits) for grant in grants))
+        except OutOfBlocks:
+            for grant in grants:
+                self.pool.free_blocks(reversed(grant.hits))
+            raise
+        for grant in grants:
+            count = grant.total - len(grant.hits)
+            grant.sequence.blocks = [*grant.hits, *fresh[:count]]
+            grant.sequence.num_filed = len(grant.hits)
+            del fresh[:count]
+
+    def grow(self, sequence: Sequence) -> None:
+        """Gives one more block. Raises OutOfBlocks when there is none."""
+        sequence.blocks += self.pool.allocate(1)
+
+    def take_back(self, sequence: Sequence) -> None:
+        """Takes all blocks of the sequence; the last ones go first, so that they are evicted before what they build on."""
+        self.pool.free_blocks(reversed(sequence.take_blocks()))
+
+    def file_computed(self, sequence: Sequence) -> None:
+        """Files the blocks that computed rows fill and that were not offered before."""
+        first, full = sequence.num_filed, sequence.num_computed // sequence.block_tokens
+        if full <= first or not self._caching:
+            return
+        names = sequence.names_of(full)
+        parent = names[first - 1] if first else sequence.root
+        for block_id in self._cache.store(parent, names[first:], sequence.blocks[first:full]):
+            self.pool.keep(block_id)
+        sequence.num_filed = full
+
+    def pin(self, sequence: Sequence) -> tuple[int, ...]:
+        """A second reference on each block of the sequence that has none yet for this key."""
+        pins = self._pins.setdefault(sequence.key, {})
+        fresh = [block_id for block_id in sequence.blocks if block_id not in pins]
+        self.pool.share(fresh)
+        self._pinned.update(fresh)
+        pins.update(dict.fromkeys(fresh))
+        return sequence.table
+
+    def unpin(self, key: Key) -> None:
+        """Gives back all references of `pin`."""
+        pins = self._pins.pop(key, {})
+        for block_id in pins:
+            if self._pinned[block_id] == 1:
+                del self._pinned[block_id]
+            else:
+                self._pinned[block_id] -= 1
+        self.pool.free_blocks(reversed(pins))
+
+    def is_pinned(self, block_id: int) -> bool:
+        """Safe from any thread."""
+        return block_id in self._pinned
+
+    def drain_events(self) -> tuple[CacheEvent, ...]:
+        return self._cache.drain_events()
+
+    def leaked(self, sequences: Iterable[Sequence]) -> int:
+        """Blocks with more references than these sequences and the pins explain."""
+        owned = [sequence.blocks for sequence in sequences]
+        explained = sum(map(len, owned)) + sum(map(len, self._pins.values()))
+        if explained == self.pool.total_refs:
+            return 0
+        owners = self._owners(owned)
+        return sum(refs > owners[block_id] for block_id, refs in self.pool.referenced().items())
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Raises AssertionError when references and owners differ, or the cache and the pool disagree."""
+        self.pool.check_integrity()
+        self._cache.check_integrity()
+        owners = self._owners(sequence.blocks for sequence in sequences)
+        refs = self.pool.referenced()
+        for block_id in refs.keys() | owners.keys():
+            have, want = refs.get(block_id, 0), owners[block_id]
+            assert have == want, f"block {block_id} has {have} references, {want} are explained"
+        assert self.pool.kept() == self._cache.blocks(), "kept blocks and filed blocks differ"
+        pinned: Counter[int] = Counter()
+        for pins in self._pins.values():
+            pinned.update(pins)
+        assert pinned == self._pinned, "pin counts and pins differ"
+
+    def _owners(self, tables: Iterable[list[int]]) -> Counter[int]:
+        owners: Counter[int] = Counter()
+        for table in tables:
+            owners.update(table)
+        for pins in self._pins.values():
+            owners.update(pins.keys())
+        return owners

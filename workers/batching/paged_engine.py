@@ -1,0 +1,312 @@
+"""The engine over a runner: continuous batching, chunked prefill, prefix reuse, hand-off of KV blocks."""
+
+from __future__ import annotations
+
+import threading
+from bisect import insort
+from dataclasses import dataclass
+from operator import attrgetter
+
+from protos.contract.block_hash import root_hash
+from protos.contract.errors import InvalidRequest, OutOfBlocks, StaleEpoch
+from workers.batching.admission import check_fits, check_handed_tokens, check_request
+from workers.batching.import_gate import ImportGate
+from workers.batching.integrity import check_stages
+from workers.batching.ledger import BlockLedger, Grant
+from workers.batching.outcome import Counters, StepOutcome
+from workers.batching.runner import Runner, Slice
+from workers.batching.scheduler import Plan, StepLimits, plan
+from workers.batching.sequence import Sequence, SequenceState
+from workers.engine_api.types import (
+    CacheEvent,
+    EngineRequest,
+    EngineStats,
+    ImportTicket,
+    KvLayout,
+    ModelIdentity,
+    StepResult,
+)
+
+_by_age = attrgetter("order")
+_NOTHING = StepResult()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Bounds of one step, and whether full blocks are shared between sequences with equal prefixes."""
+
+    max_batch_tokens: int
+    max_running: int
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_batch_tokens < 1 or self.max_running < 1:
+            raise ValueError("max_batch_tokens and max_running must be positive")
+
+
+class PagedEngine:
+    """Implements `workers.engine_api.protocol.Engine` for every runner; see there for the guarantees.
+
+    Blocks for all known tokens are given when a sequence starts, later ones one by one as it decodes. When the pool
+    is used up the youngest sequence goes back to the queue and is recomputed. A step never has more than
+    `max_running` sequences and `max_batch_tokens` rows; older sequences go first.
+
+    One lock covers all bookkeeping, so that `stats` is exact from any thread; it is not held while the runner computes.
+    """
+
+    def __init__(self, runner: Runner, limits: EngineLimits) -> None:
+        self._runner = runner
+        self._identity = runner.identity
+        self._layout = runner.layout
+        self._limits = StepLimits(limits.max_batch_tokens, limits.max_running)
+        self._ledger = BlockLedger(runner.num_blocks, limits.prefix_cache)
+        self._gate = ImportGate(runner)
+        self._lock = threading.Lock()
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []  # by age
+        self._running: list[Sequence] = []  # by age; PREFILLING and DECODING
+        self._plan: Plan | None = None
+        self._next_order = 0
+        self._counters = Counters()
+        self._closed = False
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return self._identity
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._layout
+
+    def add(self, request: EngineRequest) -> None:
+        with self._lock:
+            check_request(request, self._identity)
+            check_fits(request, self._identity, self._layout.block_tokens, self._ledger.pool.num_blocks)
+            sequence = self._enter(request, SequenceState.WAITING)
+            self._waiting.append(sequence)
+
+    def has_work(self) -> bool:
+        return not self._current_plan().empty
+
+    def step(self) -> StepResult:
+        with self._lock:
+            todo = self._current_plan()
+            if todo.empty:
+                return _NOTHING
+            self._carry_out(todo)
+            batch = [_slice(sequence, 1) for sequence in todo.decodes]
+            batch += [_slice(chunk.sequence, chunk.count) for chunk in todo.chunks]
+        drawn = self._runner.run(batch)
+        assert len(drawn) == len(batch), f"the runner answered {len(drawn)} of {len(batch)} slices"
+        with self._lock:
+            self._plan = None
+            outcome = StepOutcome(self._ledger, self._identity, self._counters)
+            for sequence, result in zip(todo.decodes, drawn, strict=False):
+                outcome.decoded(sequence, result)
+            for chunk, result in zip(todo.chunks, drawn[len(todo.decodes) :], strict=True):
+                outcome.prefilled(chunk.sequence, chunk.count, result)
+            for sequence in outcome.left:
+                self._running.remove(sequence)
+            for sequence in outcome.ended:
+                self._end(sequence)
+            return outcome.result()
+
+    def abort(self, request_id: str, up_to_epoch: int) -> bool:
+        with self._lock:
+            sequence = self._sequences.get(request_id)
+            if sequence is None or sequence.epoch > up_to_epoch:
+                return False
+            self._drop(sequence)
+            return True
+
+    def release(self, request_id: str, epoch: int) -> bool:
+        return self._drop_if(request_id, epoch, SequenceState.HELD)
+
+    def pin(self, request_id: str, epoch: int) -> tuple[int, ...]:
+        with self._lock:
+            sequence = self._sequences.get(request_id)
+            if sequence is None or sequence.epoch != epoch:
+                raise StaleEpoch(f"{request_id}: epoch {epoch} is not here")
+            self._plan = None
+            return self._ledger.pin(sequence)
+
+    def unpin(self, request_id: str, epoch: int) -> None:
+        with self._lock:
+            self._plan = None
+            self._ledger.unpin((request_id, epoch))
+
+    def export_kv(self, block_id: int, group: int) -> memoryview:
+        """Raises StaleEpoch when the block is not pinned (any more)."""
+        if not self._ledger.is_pinned(block_id):
+            raise StaleEpoch(f"block {block_id} is not pinned: its bytes may belong to another sequence")
+        return self._runner.read_block(block_id, group)
+
+    def import_begin(self, request: EngineRequest, num_tokens: int) -> ImportTicket:
+        with self._lock:
+            check_request(request, self._identity)
+            size = self._layout.block_tokens
+            check_fits(request, self._identity, size, self._ledger.pool.num_blocks)
+            if not 1 <= num_tokens <= len(request.prompt) + len(request.output):
+                raise InvalidRequest(f"{request.request_id}: {num_tokens} KV rows of {len(request.prompt)} prompt tokens")
+            sequence = self._enter(request, SequenceState.IMPORTING)
+            try:
+                hits = self._ledger.match(sequence, num_tokens)
+                total = -(-num_tokens // size)
+                self._leave_room_for_preempted(total - len(hits))
+                self._ledger.give([Grant(sequence, hits, total)])
+            except OutOfBlocks:
+                self._leave(sequence)
+                raise
+            sequence.num_computed = num_tokens
+            self._gate.open(sequence.blocks[len(hits) :])
+            return ImportTicket(
+                request_id=request.request_id, epoch=request.epoch, block_ids=sequence.table, reused_blocks=len(hits)
+            )
+
+    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+        self._gate.write(block_id, group, offset_bytes, data)
+
+    def import_commit(self, request_id: str, epoch: int, next_token_ids: tuple[int, ...]) -> None:
+        """Raises BadFrame, and leaves the import open, when the sequence cannot go on behind `next_token_ids`."""
+        with self._lock:
+            sequence = self._sequences.get(request_id)
+            if sequence is None or sequence.epoch != epoch or sequence.state is not SequenceState.IMPORTING:
+                raise StaleEpoch(f"{request_id}: no import of epoch {epoch} is open")
+            check_handed_tokens(sequence.request, next_token_ids, self._identity)
+            self._plan = None
+            self._gate.close(sequence.blocks)
+            self._ledger.file_computed(sequence)
+            sequence.tokens += next_token_ids
+            if len(sequence.tokens) == sequence.num_computed + 1:
+                sequence.move(SequenceState.DECODING)
+                insort(self._running, sequence, key=_by_age)
+            else:
+                # Rows in the middle are missing: computed here, on top of what the prefix cache has now.
+                self._requeue(sequence)
+
+    def import_abort(self, request_id: str, epoch: int) -> bool:
+        return self._drop_if(request_id, epoch, SequenceState.IMPORTING)
+
+    def stats(self) -> EngineStats:
+        with self._lock:
+            sequences, pool = self._sequences.values(), self._ledger.pool
+            return self._counters.stats(
+                total_blocks=pool.num_blocks,
+                used_blocks=pool.used,
+                cached_blocks=pool.cached,
+                free_blocks=pool.free,
+                waiting=len(self._waiting),
+                running=len(self._running),
+                holding=sum(s.state is SequenceState.HELD for s in sequences),
+                importing=sum(s.state is SequenceState.IMPORTING for s in sequences),
+                leaked_blocks=self._ledger.leaked(sequences),
+            )
+
+    def drain_cache_events(self) -> tuple[CacheEvent, ...]:
+        with self._lock:
+            return self._ledger.drain_events()
+
+    def check_integrity(self) -> None:
+        with self._lock:
+            self._ledger.check_integrity(self._sequences.values())
+            check_stages(self._sequences.values(), self._waiting, self._running)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._runner.close()
+
+    def _current_plan(self) -> Plan:
+        """The plan of the next step; kept until anything changes."""
+        if self._plan is None:
+            self._plan = plan(self._waiting, self._running, self._ledger.pool, self._limits, self._ledger.match_prefill)
+        return self._plan
+
+    def _carry_out(self, todo: Plan) -> None:
+        """Moves blocks and sequences as planned; the runner has not computed yet."""
+        self._plan = None
+        for sequence in todo.preempt:
+            self._running.remove(sequence)
+            self._requeue(sequence)
+            self._counters.preemptions += 1
+        self._ledger.give([Grant(a.sequence, a.hits, a.sequence.blocks_for_known) for a in todo.admit])
+        for admission in todo.admit:
+            sequence = admission.sequence
+            sequence.num_computed = sequence.cached_tokens = len(admission.hits) * self._layout.block_tokens
+            self._counters.prefix_hit_tokens += sequence.cached_tokens
+            sequence.move(SequenceState.PREFILLING)
+            insort(self._running, sequence, key=_by_age)
+        del self._waiting[: len(todo.admit)]
+        for sequence in todo.grow:
+            self._ledger.grow(sequence)
+
+    def _enter(self, request: EngineRequest, state: SequenceState) -> Sequence:
+        """A new sequence; an older epoch of it is dropped. Raises StaleEpoch when the same or a newer epoch is here."""
+        known = self._sequences.get(request.request_id)
+        if known is not None:
+            if known.epoch >= request.epoch:
+                raise StaleEpoch(f"{request.request_id}: epoch {known.epoch} is here, {request.epoch} is not newer")
+            self._drop(known)
+        self._plan = None
+        root = root_hash(self._identity.weights_digest, request.cache_salt)
+        sequence = Sequence(request, self._next_order, self._layout.block_tokens, root, state)
+        self._next_order += 1
+        self._sequences[request.request_id] = sequence
+        return sequence
+
+    def _leave_room_for_preempted(self, blocks: int) -> None:
+        """Raises OutOfBlocks when imports would take what preempted sequences need to come back."""
+        owed = sum(s.blocks_for_known for s in self._waiting if s.preempted)
+        if owed and blocks + owed > self._ledger.pool.available:
+            raise OutOfBlocks(f"{blocks} KV blocks asked for, {owed} are owed to preempted sequences")
+
+    def _requeue(self, sequence: Sequence) -> None:
+        sequence.move(SequenceState.WAITING)
+        sequence.preempted = True
+        self._ledger.take_back(sequence)
+        insort(self._waiting, sequence, key=_by_age)
+
+    def _drop_if(self, request_id: str, epoch: int, state: SequenceState) -> bool:
+        with self._lock:
+            sequence = self._sequences.get(request_id)
+            if sequence is None or sequence.epoch != epoch or sequence.state is not state:
+                return False
+            self._drop(sequence)
+            return True
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Ends a sequence in whatever stage."""
+        if sequence.state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.state in (SequenceState.PREFILLING, SequenceState.DECODING):
+            self._running.remove(sequence)
+        self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Ends a sequence that is in no queue."""
+        self._plan = None
+        if sequence.state is SequenceState.IMPORTING:
+            self._gate.close(sequence.blocks)
+        self._ledger.take_back(sequence)
+        self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        sequence.move(SequenceState.ENDED)
+        del self._sequences[sequence.request_id]
+
+
+def _slice(sequence: Sequence, count: int) -> Slice:
+    start = sequence.num_computed
+    tokens = sequence.tokens
+    return Slice(
+        sequence.request_id,
+        tokens,
+        sequence.num_prompt,
+        start,
+        count,
+        sequence.table,
+        sequence.sampling,
+        start + count == len(tokens),
+        len(tokens) - sequence.num_prompt,
+        sequence.request.cache_salt,
+    )

@@ -1,0 +1,123 @@
+"""One sequence inside an engine: its tokens, how far its KV is computed, its blocks, its stage."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from protos.contract.block_hash import next_hash
+from workers.engine_api.types import EngineRequest, FinishReason
+
+
+class SequenceState(Enum):
+    """Stages of a sequence."""
+
+    WAITING = auto()  # no blocks; new, or preempted and to be recomputed
+    PREFILLING = auto()  # has blocks for all known tokens; rows are computed in chunks
+    DECODING = auto()  # one known token without a row: the last one
+    HELD = auto()  # prefilled for somebody else; keeps its blocks until the hand-off is over
+    IMPORTING = auto()  # blocks reserved; their bytes arrive from another worker
+    ENDED = auto()  # owns nothing
+
+
+TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
+    SequenceState.WAITING: frozenset({SequenceState.PREFILLING, SequenceState.ENDED}),
+    SequenceState.PREFILLING: frozenset(
+        {SequenceState.DECODING, SequenceState.HELD, SequenceState.WAITING, SequenceState.ENDED}
+    ),
+    SequenceState.DECODING: frozenset({SequenceState.WAITING, SequenceState.ENDED}),
+    SequenceState.HELD: frozenset({SequenceState.ENDED}),
+    SequenceState.IMPORTING: frozenset({SequenceState.DECODING, SequenceState.WAITING, SequenceState.ENDED}),
+    SequenceState.ENDED: frozenset(),
+}
+
+
+class IllegalMove(AssertionError):
+    """A stage does not follow from the present one: a bug of the caller."""
+
+
+class Sequence:
+    """Mutable state of one request in one engine, at one epoch.
+
+    `tokens` is prompt + output, all that is known; rows `[0, num_computed)` of its KV are final. `order` is its age:
+    smaller is older.
+    """
+
+    __slots__ = (
+        "_table", "block_tokens", "blocks", "cached_tokens", "chunks", "epoch", "names", "num_computed", "num_filed",
+        "num_prompt", "order", "preempted", "request", "request_id", "root", "sampling", "state", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, request: EngineRequest, order: int, block_tokens: int, root: bytes, state: SequenceState) -> None:
+        self.request = request
+        self.request_id = request.request_id
+        self.epoch = request.epoch
+        self.sampling = request.sampling
+        self.order = order
+        self.block_tokens = block_tokens
+        self.root = root
+        self.state = state
+        self.tokens: list[int] = [*request.prompt, *request.output]
+        self.num_prompt = len(request.prompt)
+        self.num_computed = 0
+        self.num_filed = 0  # leading blocks that were offered to the prefix cache
+        self.cached_tokens = 0
+        self.chunks = 0
+        self.preempted = False
+        self.blocks: list[int] = []
+        self.names: list[bytes] = []
+        self._table: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request_id, self.epoch
+
+    @property
+    def output_index(self) -> int:
+        """Index of the next output token."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def blocks_for_known(self) -> int:
+        """Blocks that hold a row for every known token."""
+        return -(-len(self.tokens) // self.block_tokens)
+
+    @property
+    def table(self) -> tuple[int, ...]:
+        """The blocks in logical order; rebuilt only when blocks were added."""
+        if len(self._table) != len(self.blocks):
+            self._table = tuple(self.blocks)
+        return self._table
+
+    def move(self, state: SequenceState) -> None:
+        """Goes to another stage. Raises IllegalMove, and changes nothing, when the table has no such step."""
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalMove(f"{self.request_id} epoch {self.epoch}: {self.state.name} -> {state.name}")
+        self.state = state
+
+    def names_of(self, count: int) -> list[bytes]:
+        """The names of the first `count` blocks, which known tokens must fill; computed once each."""
+        names, size = self.names, self.block_tokens
+        assert count * size <= len(self.tokens), f"{self.request_id}: block {count - 1} is not full"
+        while len(names) < count:
+            start = len(names) * size
+            names.append(next_hash(names[-1] if names else self.root, self.tokens[start : start + size]))
+        return names[:count]
+
+    def take_blocks(self) -> list[int]:
+        """Empties the block table and forgets all computed rows; the caller owns the references now."""
+        blocks, self.blocks = self.blocks, []
+        self._table = ()
+        self.num_computed = 0
+        self.num_filed = 0
+        return blocks
+
+    def append(self, token_id: int, context_tokens: int) -> FinishReason | None:
+        """Adds a sampled token and tells whether it is the last one."""
+        index = len(self.tokens) - self.num_prompt
+        self.tokens.append(token_id)
+        sampling = self.sampling
+        if token_id in sampling.stop_token_ids and index >= sampling.min_tokens:
+            return FinishReason.STOP
+        if index + 1 >= sampling.max_tokens or len(self.tokens) >= context_tokens:
+            return FinishReason.LENGTH
+        return None

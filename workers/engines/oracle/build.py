@@ -1,0 +1,32 @@
+"""Makes an oracle engine from the configuration."""
+
+from __future__ import annotations
+
+from configs.schema.pools import EngineConfig, ModelConfig
+from workers.batching.paged_engine import EngineLimits, PagedEngine
+from workers.engine_api.clock import Clock
+from workers.engines.oracle.model import OracleModel
+from workers.engines.oracle.runner import OracleRunner
+
+
+def oracle_model(model: ModelConfig) -> OracleModel:
+    """The model that `create_engine` serves under this configuration."""
+    if model.context_tokens is None:
+        return OracleModel(model.name)
+    return OracleModel(model.name, context_tokens=model.context_tokens)
+
+
+def create_engine(model: ModelConfig, engine: EngineConfig, clock: Clock | None = None) -> PagedEngine:
+    """An engine ready to work; costs are charged to `clock`, the machine's if none is given."""
+    runner = OracleRunner(
+        oracle_model(model),
+        num_blocks=engine.num_blocks,
+        block_tokens=engine.block_tokens,
+        prefill_tokens_per_s=engine.oracle.prefill_tokens_per_s,
+        decode_step_s=engine.oracle.decode_step_s,
+        clock=clock,
+    )
+    limits = EngineLimits(
+        max_batch_tokens=engine.max_batch_tokens, max_running=engine.max_running, prefix_cache=engine.prefix_cache
+    )
+    return PagedEngine(runner, limits)
