@@ -136,8 +136,7 @@ class Handoff:
         self._stub = _stub(channel)
         self._context = context
         self._scope = DigestScope(fingerprint_key(job.fingerprint), job.request.request_id, job.request.epoch)
-        self._block_ids: tuple[int, ...] = ()
-        self._ready_blocks = 0
+        self._ready: list[int] = []  # ids of the leading blocks that are final, as they were when they became so
         self._ending: Ending | None = None
         self._wake = asyncio.Event()
         self._transfer_id = ""
@@ -149,16 +148,19 @@ class Handoff:
         return -(-self.job.num_tokens // self._context.port.layout.block_tokens)
 
     def blocks_ready(self, computed_tokens: int, block_ids: tuple[int, ...]) -> None:
-        """The first `computed_tokens` rows are final, in pinned `block_ids`: their full blocks may go."""
-        self._block_ids = block_ids
-        self._ready_blocks = max(self._ready_blocks, computed_tokens // self._context.port.layout.block_tokens)
-        self._wake.set()
+        """The first `computed_tokens` rows are final, in pinned `block_ids`: their full blocks may go.
+
+        A sequence that was preempted comes again in other blocks; those that were reported before stay pinned and good.
+        """
+        self._extend(computed_tokens // self._context.port.layout.block_tokens, block_ids)
 
     def end(self, ending: Ending, block_ids: tuple[int, ...]) -> None:
         """All rows are final: the rest may go, the last partial block included, and then the end frame."""
-        self._block_ids = block_ids or self._block_ids
-        self._ready_blocks = self.num_blocks
         self._ending = ending
+        self._extend(self.num_blocks, block_ids)
+
+    def _extend(self, num_ready: int, block_ids: tuple[int, ...]) -> None:
+        self._ready += block_ids[len(self._ready) : num_ready]
         self._wake.set()
 
     async def run(self) -> HandoffResult:
@@ -168,7 +170,7 @@ class Handoff:
         StaleIncarnation when this hand-off is fenced, otherwise a HandoffError, CapacityError or UnavailableError.
         """
         breaks_left, digests_left = 1, 1
-        while not self._ready_blocks and self._ending is None:
+        while not self._ready and self._ending is None:
             await self._wait_for_wake()
         while True:
             try:
@@ -267,7 +269,7 @@ class Handoff:
     async def _push(self, stream: PushStream, reply: kv.OpenReply) -> None:
         frame_bytes = min(self._context.frame_bytes, reply.credit_bytes // 2)
         for index in range(reply.first_block, self.num_blocks):
-            while index >= self._ready_blocks:
+            while index >= len(self._ready):
                 await self._beat(stream)
             started_s = time.monotonic()
             await self._push_block(stream, index, frame_bytes)
@@ -281,7 +283,7 @@ class Handoff:
         port, request = self._context.port, self.job.request
         for group in range(port.layout.num_groups):
             await self._context.reach("handoff.mid_push")
-            data = port.export_kv(self._block_ids[index], group)
+            data = port.export_kv(self._ready[index], group)
             digest = self._scope.of(index, group, data)
             for frame in split(index, group, data, digest, frame_bytes):
                 message = kv.PushFrame(transfer_id=self._transfer_id, epoch=request.epoch, data=frame)
