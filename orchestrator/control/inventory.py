@@ -85,11 +85,11 @@ class Inventory:
             if instance.takes_work and view.now_ms - instance.beat_ms <= suspect_ms
         }
         for dispatch in self._dispatches.values():
-            charge(loads, dispatch.assignment, dispatch.prefill_tokens)
+            _charge(loads, dispatch.assignment, dispatch.prefill_tokens)
         return loads
 
 
-def charge(loads: dict[InstanceId, Load], assignment: Assignment, prefill_tokens: int) -> None:
+def _charge(loads: dict[InstanceId, Load], assignment: Assignment, prefill_tokens: int) -> None:
     """Adds one dispatch to the loads of its two instances, as far as they are there in that incarnation."""
     source = loads.get(assignment.prefill)
     if source is not None and source.instance.incarnation == assignment.prefill_incarnation:

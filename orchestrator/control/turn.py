@@ -1,8 +1,8 @@
 """One turn of the scheduler: which queued requests go where now.
 
-Order is strict: class first, then age. A request that does not fit is passed by later ones that do, but only for
-`patience_s`; after that the pair of instances that would take it soonest is held for it, and no request of its class or
-a lower one is placed there before it.
+The view has the requests in queue order: class first, then age. A request that does not fit is passed by later ones that
+do, but only for `patience_s`; after that the pair of instances that would take it soonest is held for it, and no request
+of its class or a lower one is placed there before it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from orchestrator.control.board import Board
 from orchestrator.control.effects import Assignment
-from orchestrator.control.inventory import Inventory, charge, has_prefill_ready
+from orchestrator.control.inventory import Inventory, has_prefill_ready
 from orchestrator.control.settings import CoreSettings
 from orchestrator.domain.ids import InstanceId, RequestId
 from orchestrator.domain.view import ClusterView, QueuedRequest
 from orchestrator.policy.admission import has_decode_room, has_prefill_room
-from orchestrator.policy.placement import NOBODY, Candidates, Placement, WaitReason, candidates_for, place, shortest_wait
+from orchestrator.policy.placement import NOBODY, Placement, WaitReason, place, shortest_wait
 
 _MAX_REFUSALS = 8
 
@@ -67,12 +68,14 @@ class _Turn:
         self.assignments: list[tuple[Assignment, int]] = []
         self.waits: dict[RequestId, WaitReason] = {}
         self._refusals: dict[tuple[str, bool], list[_Refusal]] = {}
-        self._prefill_ready: dict[str, bool] = {}
+        self._boards: dict[str, Board] = {}
 
-    def candidates(self, model: str) -> Candidates:
-        if model not in self._prefill_ready:
-            self._prefill_ready[model] = has_prefill_ready(self.view.instances, model)
-        return candidates_for(model, self.loads.values(), self._prefill_ready[model], self.settings.rules)
+    def board(self, model: str) -> Board:
+        if model not in self._boards:
+            loads = (load for load in self.loads.values() if load.capabilities.model == model)
+            is_ready = has_prefill_ready(self.view.instances, model)
+            self._boards[model] = Board(loads, is_ready, self.settings.rules)
+        return self._boards[model]
 
     def try_place(self, request: QueuedRequest) -> bool:
         """Places the request or notes why it waits."""
@@ -81,7 +84,7 @@ class _Turn:
         if known is not None:
             self.waits[request.request_id] = known
             return False
-        decision = place(request, self.candidates(request.model), self.settings.rules, barred)
+        decision = place(request, self.board(request.model).candidates, self.settings.rules, barred)
         if isinstance(decision, WaitReason):
             self.waits[request.request_id] = decision
             self._note_refusal(request, bool(barred), decision)
@@ -91,7 +94,7 @@ class _Turn:
 
     def holds_for(self, request: QueuedRequest) -> None:
         """Chooses the instances to keep free for the request: of the best pair, those that have no room for it."""
-        pair = shortest_wait(request, self.candidates(request.model))
+        pair = shortest_wait(request, self.board(request.model).candidates)
         if pair is None:
             return
         source, target = pair
@@ -105,7 +108,8 @@ class _Turn:
             self._refusals.clear()
 
     def _accept(self, request: QueuedRequest, placement: Placement) -> None:
-        source, target = self.loads[placement.prefill].instance, self.loads[placement.decode].instance
+        board = self.board(request.model)
+        source, target = board[placement.prefill].instance, board[placement.decode].instance
         assignment = Assignment(
             request.request_id,
             request.epoch,
@@ -116,7 +120,7 @@ class _Turn:
             placement.prefill_blocks,
             placement.decode_blocks,
         )
-        charge(self.loads, assignment, request.prefill_tokens)
+        board.charge(request, placement)
         self.assignments.append((assignment, request.prefill_tokens))
 
     def _barred(self, request: QueuedRequest) -> frozenset[InstanceId]:
@@ -141,7 +145,6 @@ class _Turn:
 def plan_turn(view: ClusterView, inventory: Inventory, settings: CoreSettings, patience: Patience, now_s: float) -> TurnPlan:
     """Decides for every request of the view that is not under way. Neither argument is changed."""
     waiting = [request for request in view.queued if request.request_id not in inventory]
-    waiting.sort(key=lambda request: (-request.priority, request.submitted_ms, request.request_id))
     present = {request.request_id for request in waiting}
     turn = _Turn(view, inventory, settings, patience)
     if turn.hold is not None and (turn.hold.request_id not in present or not turn.hold.instances <= turn.loads.keys()):

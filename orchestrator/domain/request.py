@@ -5,7 +5,8 @@
        +-----requeue------+-------------------+----------------------+
 
 A held request goes back to QUEUED when its lease lapses or its worker gives it up; with too many attempts it is DEAD instead.
-PREFILLING ends in DONE too, when the first token is the last one. Every live request can be cancelled, expire and fail.
+Every live request can be cancelled, expire and fail, and it is DONE in whatever live state it is when its last token is
+accepted: the first token may be the last one, and the worker may be gone by the time its last token is accepted.
 The Redis library carries the moves out, this table says which there are; a test compares the two.
 """
 
@@ -59,13 +60,12 @@ def _table() -> dict[tuple[RequestState, RequestMove], RequestState]:
         (RequestState.QUEUED, RequestMove.ASSIGN): RequestState.ASSIGNED,
         (RequestState.ASSIGNED, RequestMove.PICK): RequestState.PREFILLING,
         (RequestState.PREFILLING, RequestMove.HANDOFF): RequestState.DECODING,
-        (RequestState.PREFILLING, RequestMove.FINISH): RequestState.DONE,
-        (RequestState.DECODING, RequestMove.FINISH): RequestState.DONE,
     }
     for state in HELD_STATES:
         table[state, RequestMove.REQUEUE] = RequestState.QUEUED
         table[state, RequestMove.BURY] = RequestState.DEAD
     for state in LIVE_STATES:
+        table[state, RequestMove.FINISH] = RequestState.DONE
         table[state, RequestMove.CANCEL] = RequestState.CANCELLED
         table[state, RequestMove.EXPIRE] = RequestState.EXPIRED
         table[state, RequestMove.FAIL] = RequestState.FAILED

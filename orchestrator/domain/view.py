@@ -32,7 +32,7 @@ class QueuedRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterView:
-    """Queue and instances in one atomic read. `queued` is the head of the queue, `queued_total` its whole length."""
+    """Queue and instances in one atomic read. `queued` is the head of the queue (highest class first, then oldest first)."""
 
     now_ms: int  # Redis TIME
     queued_total: int

@@ -6,12 +6,11 @@ gives the same placement.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from orchestrator.domain.ids import InstanceId
-from orchestrator.domain.instance import Role
 from orchestrator.domain.view import QueuedRequest
 from orchestrator.policy.admission import (
     AdmissionLimits,
@@ -59,24 +58,11 @@ class WaitReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The instances of one model that take work, by what they may do."""
+    """Filter: the instances of one model that take work, by what they may do, best first."""
 
-    prefill: tuple[Load, ...]  # of role prefill
-    decode: tuple[Load, ...]  # may decode what another instance prefilled
-    local: tuple[Load, ...]  # may do both for one request
-
-
-def candidates_for(model: str, loads: Iterable[Load], prefill_ready: bool, rules: PlacementRules) -> Candidates:
-    """Filter: the instances of the model by role.
-
-    `prefill_ready`: a prefill instance is READY, whether or not it is in `loads`.
-    """
-    mine = [load for load in loads if load.capabilities.model == model]
-    prefill = tuple(load for load in mine if load.role is Role.PREFILL)
-    decode = tuple(load for load in mine if load.role is not Role.PREFILL)
-    if rules.local_prefill and not prefill_ready:
-        return Candidates(prefill, decode, decode)
-    return Candidates(prefill, decode, tuple(load for load in decode if load.role is Role.COMBINED))
+    prefill: Sequence[Load]  # of role prefill, by prefill_score
+    decode: Sequence[Load]  # may decode what another instance prefilled, by decode_score
+    local: Sequence[Load]  # may do both for one request, by prefill_score
 
 
 def prefill_score(load: Load) -> tuple[int, int, str]:
@@ -103,12 +89,14 @@ def place(
     Doing both on one instance wins when no more tokens wait there than on the best prefill instance: it saves the hand-off.
     """
     limits = rules.admission
-    here = [
-        load
-        for load in candidates.local
-        if has_local_room(request, load, limits) and could_decode(request, load) and load.instance.instance_id not in barred
-    ]
-    local = min(here, key=prefill_score, default=None)
+    local = next(
+        (
+            load
+            for load in candidates.local
+            if has_local_room(request, load, limits) and could_decode(request, load) and load.instance.instance_id not in barred
+        ),
+        None,
+    )
     split = _best_pair(request, candidates, limits, barred)
     if split is not None and (local is None or split[0].prefill_tokens < local.prefill_tokens):
         source, target = split
@@ -127,42 +115,38 @@ def place(
 def _best_pair(
     request: QueuedRequest, candidates: Candidates, limits: AdmissionLimits, barred: Collection[InstanceId]
 ) -> tuple[Load, Load] | None:
-    sources = [
-        load
-        for load in candidates.prefill
-        if has_prefill_room(request, load, limits) and could_prefill(request, load) and load.instance.instance_id not in barred
-    ]
-    if not sources:
-        return None
-    targets = [
-        load
-        for load in candidates.decode
-        if has_decode_room(request, load) and could_decode(request, load) and load.instance.instance_id not in barred
-    ]
-    return _pick_pair(sources, targets)
+    def sends(load: Load) -> bool:
+        return (
+            has_prefill_room(request, load, limits) and could_prefill(request, load) and load.instance.instance_id not in barred
+        )
+
+    def receives(load: Load) -> bool:
+        return has_decode_room(request, load) and could_decode(request, load) and load.instance.instance_id not in barred
+
+    return _first_pair(filter(sends, candidates.prefill), candidates.decode, receives)
 
 
-def _pick_pair(sources: Sequence[Load], targets: Sequence[Load]) -> tuple[Load, Load] | None:
-    """The least loaded source that has a target of its fingerprint, with the least loaded such target."""
-    remaining = list(sources)
-    while remaining:
-        source = min(remaining, key=prefill_score)
+def _first_pair(sources: Iterable[Load], targets: Sequence[Load], receives: Callable[[Load], bool]) -> tuple[Load, Load] | None:
+    """The first source that has a target of its fingerprint, with the first such target."""
+    without_target: set[str] = set()
+    for source in sources:
         fingerprint = source.capabilities.fingerprint
-        fitting = [load for load in targets if load.capabilities.fingerprint == fingerprint]
-        if fitting:
-            return source, min(fitting, key=decode_score)
-        remaining = [load for load in remaining if load.capabilities.fingerprint != fingerprint]
+        if fingerprint in without_target:
+            continue
+        for target in targets:
+            if target.capabilities.fingerprint == fingerprint and receives(target):
+                return source, target
+        without_target.add(fingerprint)
     return None
 
 
 def shortest_wait(request: QueuedRequest, candidates: Candidates) -> tuple[Load, Load] | None:
-    """The pair that would suit the request best if it were idle; None when no pair could ever take it.
+    """The pair that would suit the request best if it were idle, once or twice the same; None when none could ever take it.
 
-    The decode side is picked first: its blocks take longest to come free.
+    Between doing both on one instance and a pair, the emptier KV pool wins: blocks take longest to come free.
     """
     sources = [load for load in candidates.prefill if could_prefill(request, load)]
-    targets = [load for load in candidates.decode if could_decode(request, load)]
-    split = _pick_pair(sources, targets)
+    split = _first_pair(sources, candidates.decode, lambda load: could_decode(request, load))
     local = min((load for load in candidates.local if could_decode(request, load)), key=decode_score, default=None)
     if local is not None and (split is None or decode_score(local) <= decode_score(split[1])):
         return local, local

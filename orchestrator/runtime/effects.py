@@ -1,0 +1,98 @@
+"""Carries the core's decisions out: one function for each effect that has an answer, the answer as an event."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from orchestrator.control import effects as do
+from orchestrator.control import events as on
+from orchestrator.control.effects import Effect
+from orchestrator.control.events import Event
+from orchestrator.domain.ids import Epoch, InstanceId, LeaderEpoch, RequestId
+from orchestrator.domain.request import RequestState
+from orchestrator.runtime.views import cluster_view
+from orchestrator.store.client import Store
+from orchestrator.store.replies import Placement
+from protos.contract.errors import CapacityError, NotLeader, UnavailableError
+
+
+async def carry_out(effect: Effect, store: Store, candidate_id: str) -> Event:
+    """Does what the effect says, once, and returns its outcome; a store that does not answer is the outcome StoreLost.
+
+    Raises TypeError for an effect that has no answer or is none, and lets the library's refusals (InternalError) and
+    wrong credentials (ConfigError) through: neither goes away by trying again.
+    """
+    handler = _HANDLERS.get(type(effect))
+    if handler is None:
+        raise TypeError(f"not an effect with an answer: {effect!r}")
+    try:
+        return await handler(effect, store, candidate_id)
+    except (UnavailableError, CapacityError) as error:
+        return on.StoreLost(str(error))
+
+
+async def _lead(effect: do.Lead, store: Store, candidate_id: str) -> Event:
+    reply = await store.lead(candidate_id, effect.ttl_ms, effect.epoch)
+    epoch = LeaderEpoch(reply.epoch)
+    if not reply.leads:
+        return on.LeadershipDenied(effect.number, epoch, reply.now_ms)
+    if epoch == effect.epoch:
+        return on.LeadershipKept(effect.number, epoch, reply.now_ms)
+    return on.LeadershipGained(effect.number, epoch, reply.now_ms)
+
+
+async def _read_view(effect: do.ReadView, store: Store, _candidate_id: str) -> Event:
+    return on.ViewRead(effect.number, cluster_view(await store.view(effect.queue_limit)))
+
+
+async def _assign(effect: do.Assign, store: Store, candidate_id: str) -> Event:
+    placements = [
+        Placement(
+            item.request_id,
+            item.expected_epoch,
+            item.prefill,
+            item.prefill_incarnation,
+            item.decode,
+            item.decode_incarnation,
+            item.prefill_blocks,
+            item.decode_blocks,
+        )
+        for item in effect.items
+    ]
+    try:
+        outcomes = await store.assign(candidate_id, effect.epoch, effect.lease_ms, placements)
+    except NotLeader:
+        return on.LeadershipLost(effect.epoch)
+    answers = zip(effect.items, outcomes, strict=True)
+    return on.AssignReplied(
+        effect.number,
+        tuple(on.AssignOutcome(item.request_id, outcome.code, Epoch(outcome.epoch)) for item, outcome in answers),
+    )
+
+
+async def _reap(effect: do.Reap, store: Store, candidate_id: str) -> Event:
+    try:
+        reply = await store.reap(
+            candidate_id,
+            effect.epoch,
+            limit=effect.limit,
+            max_attempts=effect.max_attempts,
+            lost_ms=effect.lost_ms,
+            retain_ms=effect.retain_ms,
+        )
+    except NotLeader:
+        return on.LeadershipLost(effect.epoch)
+    return on.Reaped(
+        reply.now_ms,
+        tuple(on.Ended(RequestId(ended.request_id), RequestState(ended.state)) for ended in reply.requests),
+        tuple(InstanceId(instance) for instance in reply.lost),
+    )
+
+
+_HANDLERS: dict[type[Effect], Callable[[Any, Store, str], Awaitable[Event]]] = {
+    do.Lead: _lead,
+    do.ReadView: _read_view,
+    do.Assign: _assign,
+    do.Reap: _reap,
+}
