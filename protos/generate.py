@@ -1,5 +1,6 @@
 """Makes `protos/gen` from `protos/autan/v1/*.proto`; the only way to make it.
 
+Usage:
     python -m protos.generate            regenerate
     python -m protos.generate --check    exit 1 when the committed stubs are stale
 """
@@ -26,7 +27,7 @@ def generate(into: Path) -> None:
     """Writes `_pb2.py`, `_pb2.pyi`, `_pb2_grpc.py` below `into`. Raises SystemExit when grpcio-tools is not the pinned one."""
     have = version("grpcio-tools")
     if have != PINNED:
-        raise SystemExit(f"grpcio-tools {have} is installed, the stubs are made with {PINNED}: pip install grpcio-tools=={PINNED}")
+        raise SystemExit(f"grpcio-tools is {have}, the stubs are made with {PINNED}: pip install grpcio-tools=={PINNED}")
     sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "autan" / "v1").glob("*.proto"))
     subprocess.run(
         [

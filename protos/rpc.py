@@ -7,6 +7,7 @@ timeout is set as well; messages are bounded on both sides; an idle connection m
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MESSAGE_BYTES = 8 * 1024 * 1024
 _DOMAIN = "autan"
+_MAX_STATUS_TEXT_BYTES = 1500  # travels twice, percent-encoded and in base64, and a client refuses 16 KiB of metadata
 
 
 def _liveness(keepalive_s: float, ping_timeout_s: float) -> list[tuple[str, int]]:
@@ -88,7 +90,7 @@ def open_channel(address: str, options: Sequence[tuple[str, Any]] | None = None)
 
 
 def status_of(error: AutanError) -> status_pb2.Status:
-    """An error of the tree as google.rpc.Status with ErrorInfo, and RetryInfo where waiting helps."""
+    """An error of the tree as google.rpc.Status with ErrorInfo, and RetryInfo where waiting helps. Long texts are cut."""
     info = error_details_pb2.ErrorInfo(
         reason=error.reason, domain=_DOMAIN, metadata={"retryable": "true" if error.retryable else "false"}
     )
@@ -98,7 +100,7 @@ def status_of(error: AutanError) -> status_pb2.Status:
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     code: int = code_pb2.Code.Value(error.code)
-    return status_pb2.Status(code=code, message=error.message, details=details)
+    return status_pb2.Status(code=code, message=_clipped(error.message), details=details)
 
 
 def error_of(rpc_error: grpc.RpcError) -> AutanError:
@@ -119,6 +121,13 @@ def error_of(rpc_error: grpc.RpcError) -> AutanError:
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         return PeerUnavailable(text)
     return InternalError(text)
+
+
+def _clipped(text: str) -> str:
+    raw = text.encode("utf-8", "replace")
+    if len(raw) <= _MAX_STATUS_TEXT_BYTES:
+        return raw.decode()
+    return raw[: _MAX_STATUS_TEXT_BYTES - 4].decode("utf-8", "ignore") + " ..."
 
 
 def _packed(message: Message) -> any_pb2.Any:
@@ -148,9 +157,9 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Replaces the handler's parsing and error mapping; unknown methods pass through (UNIMPLEMENTED)."""
         handler = await continuation(handler_call_details)
         if handler is None:
@@ -181,7 +190,7 @@ async def _parsed(stream: AsyncIterator[bytes], deserialize: Callable[[bytes], A
         yield _parse(deserialize, data, method)
 
 
-def _guarded(handler: Any, method: str, check: Callable[[], None]) -> Any:
+def _guarded(handler: Any, method: str, check: Callable[[], None]) -> grpc.RpcMethodHandler[Any, Any]:
     deserialize = handler.request_deserializer or (lambda data: data)
 
     def incoming(request: Any) -> Any:
@@ -203,7 +212,11 @@ def _guarded(handler: Any, method: str, check: Callable[[], None]) -> Any:
         try:
             check()
             behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            async for reply in behaviour(incoming(request), context):
+            replies = behaviour(incoming(request), context)
+            if inspect.isawaitable(replies):  # a handler that writes to the context, with a deadline for each write
+                await replies
+                return
+            async for reply in replies:
                 yield reply
         except (asyncio.CancelledError, grpc.aio.AbortError, GeneratorExit):
             raise

@@ -61,8 +61,9 @@ def wire_to_error(detail: common.ErrorDetail) -> AutanError:
 
 def fingerprint_key(fingerprint: common.Fingerprint) -> str:
     """A fingerprint as one string: equal strings mean that KV may be handed over."""
-    fields = sorted(common.Fingerprint.DESCRIPTOR.fields, key=lambda field: field.number)
-    return "|".join(f"{field.name}={getattr(fingerprint, field.name)}" for field in fields)
+    by_number = common.Fingerprint.DESCRIPTOR.fields_by_number
+    names = [by_number[number].name for number in sorted(by_number)]
+    return "|".join(f"{name}={getattr(fingerprint, name)!r}" for name in names)
 
 
 def differing_fields(ours: common.Fingerprint, theirs: common.Fingerprint) -> list[str]:
@@ -72,4 +73,3 @@ def differing_fields(ours: common.Fingerprint, theirs: common.Fingerprint) -> li
         for field in common.Fingerprint.DESCRIPTOR.fields
         if getattr(ours, field.name) != getattr(theirs, field.name)
     ]
-

@@ -2,7 +2,7 @@
 
 AutanError
 ├── ConfigError            INVALID_ARGUMENT     exit 2   a file, key or flag is wrong
-├── RequestError           (one request is wrong; nothing else suffers)
+├── RequestError           INVALID_ARGUMENT     exit 2   one request is wrong; nothing else suffers
 │   ├── InvalidRequest     INVALID_ARGUMENT
 │   ├── PromptTooLong      OUT_OF_RANGE
 │   ├── UnknownModel       NOT_FOUND

@@ -49,24 +49,24 @@ class Code(StrEnum):
     """First element of every reply. Distinct codes for `not yours` and `not there`."""
 
     OK = "OK"
-    DUPLICATE = "DUPLICATE"      # done already, by the same caller: nothing changed
-    CONFLICT = "CONFLICT"        # the id is taken by another body
-    FULL = "FULL"                # the queue is full
-    GONE = "GONE"                # no such request or instance
-    STALE = "STALE"              # another epoch, incarnation or owner
-    STATE = "STATE"              # the state does not allow it
-    GAP = "GAP"                  # token index beyond the next one
-    DIVERGED = "DIVERGED"        # a re-sent token differs from the journaled one
+    DUPLICATE = "DUPLICATE"  # done already, by the same caller: nothing changed
+    CONFLICT = "CONFLICT"  # the id is taken by another body
+    FULL = "FULL"  # the queue is full
+    GONE = "GONE"  # no such request or instance
+    STALE = "STALE"  # another epoch, incarnation or owner
+    STATE = "STATE"  # the state does not allow it
+    GAP = "GAP"  # token index beyond the next one
+    DIVERGED = "DIVERGED"  # a re-sent token differs from the journaled one
     NOT_LEADER = "NOT_LEADER"
 
 
 class InboxKind(StrEnum):
     """What an instance finds in its inbox."""
 
-    PREFILL = "prefill"    # compute the prompt (and hand it to the peer, if the peer is another instance)
-    EXPECT = "expect"      # the peer will hand this request over
-    REVOKE = "revoke"      # drop the request up to and including this epoch
-    OWNER = "owner"        # another ingress owns the request: replay what it has not acknowledged
+    PREFILL = "prefill"  # compute the prompt (and hand it to the peer, if the peer is another instance)
+    EXPECT = "expect"  # the peer will hand this request over
+    REVOKE = "revoke"  # drop the request up to and including this epoch
+    OWNER = "owner"  # another ingress owns the request: replay what it has not acknowledged
 
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
