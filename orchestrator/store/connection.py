@@ -43,8 +43,6 @@ def open_redis(url: str, timeout_s: float, max_connections: int = MAX_CONNECTION
             retry=Retry(NoBackoff(), 0),
             decode_responses=False,
             protocol=2,
-            lib_name=None,
-            lib_version=None,
         )
     except ValueError as error:
         raise ConfigError(f"store.url: {error}") from error

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 from configs.schema.cluster import StoreConfig
 from protos.contract.errors import ConfigError, StoreUnavailable
@@ -72,7 +73,7 @@ class EmbeddedValkey:
     def __init__(self, directory: Path | str, config: StoreConfig | None = None, *, binary: Path | None = None) -> None:
         self.directory = Path(directory).absolute()
         self.socket = _socket_path(self.directory)
-        self.url = f"unix://{self.socket}"
+        self.url = "unix://" + quote(str(self.socket))
         self.server_pid = 0  # 0 while no server answers
         self.supervisor_pid = 0
         self.starts = 0  # of the server, since this object was opened
@@ -157,12 +158,13 @@ class EmbeddedValkey:
         """Follows the events; starts another supervisor when this one was killed."""
         while True:
             try:
-                await self._next_event()
-            except (StoreUnavailable, ConfigError):
+                if self._process is None:
+                    await self._launch()
+                else:
+                    await self._next_event()
+            except (StoreUnavailable, ConfigError, OSError):
                 await self._end_process()
                 await asyncio.sleep(RESTART_S)
-                with contextlib.suppress(StoreUnavailable, ConfigError):
-                    await self._launch()
 
     async def _end_process(self) -> None:
         process, self._process = self._process, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import shutil
 import threading
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
@@ -99,7 +100,24 @@ def embedded_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedd
     yield from start_server(tmp_path_factory.mktemp("valkey"))
 
 
+def _servers() -> list[Any]:
+    other = shutil.which("redis-server")
+    skip = pytest.mark.skipif(other is None, reason="no redis-server on PATH")
+    return [pytest.param(None, id="valkey"), pytest.param(other and Path(other), id="redis", marks=skip)]
+
+
+@pytest.fixture(scope="module", params=_servers())
+def any_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    """The embedded Valkey, and the machine's own redis-server where there is one."""
+    yield from start_server(tmp_path_factory.mktemp("server"), request.param)
+
+
+def new_cluster() -> str:
+    """A cluster name that no other test uses."""
+    return f"t{os.getpid()}-{next(_names)}"
+
+
 @pytest.fixture
 def fresh_store(embedded_valkey: EmbeddedValkey) -> FreshStore:
     """The module's server under a new cluster name."""
-    return FreshStore(embedded_valkey.url, f"t{os.getpid()}-{next(_names)}")
+    return FreshStore(embedded_valkey.url, new_cluster())

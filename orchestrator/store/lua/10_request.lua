@@ -41,6 +41,11 @@ local function is_current(c, instance, incarnation)
   return i[1] == incarnation and ALIVE[i[2]] == true
 end
 
+-- True when that incarnation is the P (side `p`) or D (side `d`) of the current placement.
+local function is_part(r, side, instance, incarnation)
+  return r[side] == instance and r[side .. '_inc'] == incarnation
+end
+
 -- Inbox. Pushing an equal message again moves it to the end; a message to an ended incarnation is dropped.
 local function push(c, instance, incarnation, kind, id, epoch)
   if instance == '' or not is_current(c, instance, incarnation) then return end

@@ -9,10 +9,6 @@
 --       revoke and owner have no spec, journal or peer; a revoke has no ingress.
 -- Promise: entries up to ack_seq are dropped, later ones are told again until then, in order, without another effect.
 -- Fewer than max_n entries do not mean that the inbox is empty: a reply holds at most 8 MiB unless one entry is larger.
-local function is_part(r, side, instance, incarnation)
-  return r[side] == instance and r[side .. '_inc'] == incarnation
-end
-
 -- What an entry means now: the kind to tell, or nil when there is nothing to tell any more.
 local function meaning(r, kind, epoch, instance, incarnation)
   if kind == 'revoke' then return 'revoke' end

@@ -1,0 +1,121 @@
+"""What must hold in the store after every call, read from the keys themselves."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Any
+
+from tests.support.store import RawStore
+
+LIVE = {"QUEUED", "ASSIGNED", "PREFILLING", "DECODING"}
+PLACED = LIVE - {"QUEUED"}
+LOAD = ("p_requests", "p_tokens", "p_blocks", "d_requests", "d_blocks")
+
+
+class Picture:
+    """Every key of one cluster, decoded, with its time to live in ms (-1: none)."""
+
+    def __init__(self, raw: RawStore) -> None:
+        prefix = raw.base + ":"
+        names = [key.decode() for key in raw.redis.scan_iter(match=prefix + "*", count=1000)]
+        pipe = raw.redis.pipeline(transaction=False)
+        for name in names:
+            pipe.type(name)
+            pipe.pttl(name)
+        meta = pipe.execute()
+        reads = {"hash": "hgetall", "set": "smembers", "string": "get"}
+        for name, kind in zip(names, meta[::2], strict=True):
+            if kind == b"zset":
+                pipe.zrange(name, 0, -1, withscores=True)
+            else:
+                getattr(pipe, reads[kind.decode()])(name)
+        self.ttl = {name.removeprefix(prefix): ttl for name, ttl in zip(names, meta[1::2], strict=True)}
+        self.keys: dict[str, Any] = {
+            name.removeprefix(prefix): _decode(value) for name, value in zip(names, pipe.execute(), strict=True)
+        }
+
+    def family(self, kind: str) -> dict[str, Any]:
+        """The keys of one family, by what follows `kind:`."""
+        return {name.removeprefix(kind + ":"): value for name, value in self.keys.items() if name.startswith(kind + ":")}
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key.decode(): item.decode("latin-1") for key, item in value.items()}
+    if isinstance(value, set):
+        return {item.decode() for item in value}
+    if isinstance(value, list):
+        return {member.decode(): score for member, score in value}
+    return value
+
+
+def check_store(raw: RawStore) -> Picture:
+    """Raises AssertionError when an invariant is broken; returns what was read."""
+    seen = Picture(raw)
+    requests = seen.family("r")
+    live = {id: r for id, r in requests.items() if r["state"] in LIVE}
+    _check_indexes(seen, live)
+    _check_roles(seen, live)
+    _check_journals(seen, requests, live)
+    _check_inboxes(seen)
+    known = {"r", "t", "i", "in", "parts", "own", "g"}
+    single = {"ready", "lease", "deadline", "live", "instances", "owners", "sweep", "leader", "counters"}
+    strangers = [name for name in seen.keys if name not in single and name.split(":")[0] not in known]
+    assert not strangers, strangers
+    return seen
+
+
+def _check_indexes(seen: Picture, live: dict[str, Any]) -> None:
+    """A live request is in exactly one place; one that ended is nowhere."""
+    ready, lease = set(seen.keys.get("ready", {})), set(seen.keys.get("lease", {}))
+    assert ready == {id for id, r in live.items() if r["state"] == "QUEUED"}
+    assert lease == {id for id, r in live.items() if r["state"] in PLACED}
+    assert set(seen.keys.get("live", {})) == set(live)
+    assert set(seen.keys.get("deadline", {})) == set(live)
+    owned: dict[str, set[str]] = defaultdict(set)
+    for id, r in live.items():
+        owned[f"{r['ing']}|{r['ing_epoch']}"].add(id)
+    assert seen.family("own") == dict(owned)
+    assert seen.keys.get("owners", set()) == set(owned)
+
+
+def _check_roles(seen: Picture, live: dict[str, Any]) -> None:
+    """The load of every instance is the sum of the open roles in it; nothing is charged or undone twice."""
+    load: dict[str, Counter[str]] = defaultdict(Counter)
+    parts: dict[str, set[str]] = defaultdict(set)
+    for id, r in seen.family("r").items():
+        is_placed = r["state"] in PLACED
+        assert (r.get("d_open") == "1") == is_placed, (id, r)
+        assert (r.get("p_open") == "1") == (r["state"] in {"ASSIGNED", "PREFILLING"}), (id, r)
+        assert bool(r.get("holder")) == (r["state"] in {"PREFILLING", "DECODING"}), (id, r)
+        for side in "pd":
+            if r.get(f"{side}_open") == "1":
+                name = r[side]
+                load[name][f"{side}_requests"] += 1
+                load[name][f"{side}_blocks"] += int(r[f"{side}_blocks"])
+                load[name]["p_tokens"] += int(r["p_tokens"]) if side == "p" else 0
+                parts[f"{name}|{r[side + '_inc']}"].add(id)
+    for name, i in seen.family("i").items():
+        charged = {field: int(i.get(field, 0)) for field in LOAD}
+        assert charged == {field: load[name][field] for field in LOAD}, (name, charged, load[name])
+    assert seen.family("parts") == dict(parts)
+    ended = {f"{name}|{i['incarnation']}" for name, i in seen.family("i").items() if i["state"] in {"LOST", "STOPPED"}}
+    current = {f"{name}|{i['incarnation']}" for name, i in seen.family("i").items()}
+    assert {part for part in parts if part in ended or part not in current} <= seen.keys.get("sweep", set())
+    assert live.keys() >= {id for members in parts.values() for id in members}
+
+
+def _check_journals(seen: Picture, requests: dict[str, Any], live: dict[str, Any]) -> None:
+    """Live work never expires; what ended always does, together with its journal; no journal is without a request."""
+    for id in requests:
+        assert (seen.ttl[f"r:{id}"] == -1) == (id in live), (id, seen.ttl[f"r:{id}"])
+    for id, packed in seen.family("t").items():
+        assert id in requests and len(packed) % 4 == 0
+        assert (seen.ttl[f"t:{id}"] == -1) == (id in live)
+
+
+def _check_inboxes(seen: Picture) -> None:
+    """Only a live incarnation has an inbox."""
+    instances = seen.family("i")
+    for name in seen.family("in"):
+        assert instances[name]["state"] in {"STARTING", "READY", "DRAINING"}, name
