@@ -131,7 +131,7 @@ class BlockLedger:
         assert self.pool.kept() == self._cache.blocks(), "kept blocks and filed blocks differ"
         pinned: Counter[int] = Counter()
         for pins in self._pins.values():
-            pinned.update(pins)
+            pinned.update(pins.keys())
         assert pinned == self._pinned, "pin counts and pins differ"
 
     def _owners(self, tables: Iterable[list[int]]) -> Counter[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from protos.contract.block_hash import root_hash
@@ -24,6 +24,7 @@ from workers.engine_api.types import (
     ImportTicket,
     KvLayout,
     ModelIdentity,
+    Phase,
     StepResult,
 )
 
@@ -142,6 +143,8 @@ class PagedEngine:
         return self._runner.read_block(block_id, group)
 
     def import_begin(self, request: EngineRequest, num_tokens: int) -> ImportTicket:
+        """The phase of the request does not matter: what was imported decodes here."""
+        request = replace(request, phase=Phase.FULL)
         with self._lock:
             check_request(request, self._identity)
             size = self._layout.block_tokens

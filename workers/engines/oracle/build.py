@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from configs.model_card import card_of
 from configs.schema.pools import EngineConfig, ModelConfig
+from protos.contract.errors import ModelError
 from workers.batching.paged_engine import EngineLimits, PagedEngine
 from workers.engine_api.clock import Clock
 from workers.engines.oracle.model import OracleModel
@@ -10,10 +12,13 @@ from workers.engines.oracle.runner import OracleRunner
 
 
 def oracle_model(model: ModelConfig) -> OracleModel:
-    """The model that `create_engine` serves under this configuration."""
-    if model.context_tokens is None:
-        return OracleModel(model.name)
-    return OracleModel(model.name, context_tokens=model.context_tokens)
+    """The model that `create_engine` serves under this configuration.
+
+    Raises ModelError when the file names another source, or a longer context than the oracle has.
+    """
+    if model.source != "oracle":
+        raise ModelError(f"model {model.name}: the oracle engine serves source 'oracle' only, not {model.source!r}")
+    return OracleModel(model.name, context_tokens=card_of(model, None).context_tokens)
 
 
 def create_engine(model: ModelConfig, engine: EngineConfig, clock: Clock | None = None) -> PagedEngine:

@@ -27,6 +27,7 @@ from workers.engine_api.types import KvLayout, ModelIdentity, SamplingParams
 
 PAD, BOS, EOS, FIRST_BYTE = 0, 1, 2, 3
 VOCAB_SIZE = FIRST_BYTE + 256
+TOKENIZER_DIGEST = "oracle-bytes"
 ALPHABET = tuple(FIRST_BYTE + byte for byte in (ascii_letters + " ").encode())  # never an end of its own accord
 WORD_BYTES = 8
 GOLDEN = 0x9E3779B97F4A7C15
@@ -69,7 +70,7 @@ class OracleModel:
             model=self.name,
             architecture="oracle",
             weights_digest=self.weights_digest,
-            tokenizer_digest="bytes",
+            tokenizer_digest=TOKENIZER_DIGEST,
             vocab_size=VOCAB_SIZE,
             context_tokens=self.context_tokens,
             eos_token_ids=(EOS,),
