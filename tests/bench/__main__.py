@@ -1,5 +1,6 @@
 """Runs the benchmarks: every module `tests/bench/bench_*.py` has a `main()` that writes `bench/NAME.json` and prints a table.
 
+Usage:
     python -m tests.bench [--list] [NAME ...]
 """
 
