@@ -328,6 +328,7 @@ class Handoff:
         except TimeoutError:
             if self._context.engine_alive():
                 await stream.send(kv.PushFrame(transfer_id=self._transfer_id, epoch=self.job.request.epoch))
+                self._progress()
         stream.check()
 
     async def _wait_for_wake(self) -> None:

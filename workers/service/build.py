@@ -14,8 +14,10 @@ def build_engine(model: ModelConfig, engine: EngineConfig, model_dir: Path | Non
     if engine.kind == "oracle":
         from workers.engines.oracle import build as oracle
 
-        return oracle.create_engine(model, engine, model_dir)
+        return oracle.create_engine(model, engine)
     if engine.kind == "torch":
+        if model_dir is None:
+            raise ConfigError(f"model.source: the torch engine needs the checkpoint folder of {model.name}")
         from workers.engines.torch import build as torch_build
 
         return torch_build.create_engine(model, engine, model_dir)

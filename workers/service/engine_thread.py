@@ -73,13 +73,13 @@ class EngineThread:
         self._engine = await made
         return self._engine
 
-    async def stop(self) -> None:
-        """Ends the thread after the running step and frees the device. Idempotent."""
+    async def stop(self, timeout_s: float) -> None:
+        """Ends the thread after the running step and frees the device; a step that hangs is left behind. Idempotent."""
         self._stopping = True
         self._commands.put(None)
         thread = self._thread
         if thread is not None:
-            await asyncio.to_thread(thread.join)
+            await asyncio.to_thread(thread.join, timeout_s)
 
     @property
     def engine(self) -> Engine:

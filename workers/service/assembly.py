@@ -1,0 +1,211 @@
+"""Puts the parts of one worker together. No part does anything before the host starts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from configs.worker_spec import WorkerSpec
+from protos.contract.errors import AutanError
+from protos.rpc import channel_options
+from protos.wire import common
+from workers.engine_api.protocol import Engine
+from workers.kv_transfer.claims import Addressee
+from workers.kv_transfer.counters import TransferCounters
+from workers.kv_transfer.hooks import ReceiveLimits
+from workers.kv_transfer.ledger import Ledger
+from workers.kv_transfer.receiver import Receiver
+from workers.kv_transfer.sender import SendContext
+from workers.service.arrivals import Arrivals
+from workers.service.assignments import Assignment, Assignments
+from workers.service.coordinator import Coordinator, Parts
+from workers.service.engine_thread import EngineThread
+from workers.service.failpoints import Failpoints
+from workers.service.failures import Failures
+from workers.service.handoff_tasks import HandoffTasks
+from workers.service.identity import fingerprint_of
+from workers.service.membership import Membership
+from workers.service.outbox import Outbox, OutboxContext
+from workers.service.retrying import while_store_is_away
+from workers.service.store import WorkerStore
+
+_WINDOWS = 4  # credit of one transfer is this part of the receiver's
+_MAX_WINDOW_BYTES = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """What the host brings: its spec, a started engine, and how to reach its loops."""
+
+    spec: WorkerSpec
+    me: Membership
+    thread: EngineThread
+    store: WorkerStore
+    failpoints: Failpoints
+    poll_inbox: Callable[[], None]
+    beat_soon: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """One worker, taken apart."""
+
+    assignments: Assignments
+    ledger: Ledger
+    counters: TransferCounters
+    outbox: Outbox
+    handoffs: HandoffTasks
+    receiver: Receiver
+    failures: Failures
+    coordinator: Coordinator
+
+
+def wire_options(spec: WorkerSpec) -> list[tuple[str, Any]]:
+    """Channel options of this cluster."""
+    network = spec.network
+    return channel_options(network.max_message_bytes, network.keepalive_s, network.ping_timeout_s)
+
+
+def window_bytes(spec: WorkerSpec) -> int:
+    """Bytes that one transfer may have on the way: at least two frames, so that grants never starve the sender."""
+    network = spec.network
+    return max(2 * network.frame_bytes, min(network.credit_bytes // _WINDOWS, _MAX_WINDOW_BYTES))
+
+
+def assemble(base: Base) -> Assembly:
+    """The parts around a started engine."""
+    spec, me, thread, timing = base.spec, base.me, base.thread, base.spec.timing
+    assignments, ledger, counters = Assignments(), Ledger(), TransferCounters()
+    failures = Failures(
+        me=me,
+        store=base.store,
+        max_attempts=spec.scheduling.max_attempts,
+        retain_s=timing.retain_s,
+        patience_s=timing.lease_s,
+    )
+
+    def on_finished(request_id: str, epoch: int) -> None:
+        coordinator.finished(request_id, epoch)
+
+    def on_failed(assignment: Assignment, error: AutanError) -> None:
+        if not assignment.ended:
+            coordinator.give_up(assignment, error)
+
+    outbox = _outbox(base, on_finished)
+    handoffs = _handoffs(base, ledger, counters)
+    arrivals = _arrivals(base, assignments, outbox, on_failed)
+    receiver = _receiver(base, arrivals, ledger, counters)
+    coordinator = Coordinator(
+        Parts(
+            me=me,
+            engine=thread,
+            store=base.store,
+            assignments=assignments,
+            outbox=outbox,
+            handoffs=handoffs,
+            receiver=receiver,
+            arrivals=arrivals,
+            failures=failures,
+            failpoints=base.failpoints,
+            fingerprint=fingerprint_of(thread.engine.identity, thread.engine.layout),
+            lease_s=timing.lease_s,
+            patience_s=timing.lease_s,
+        )
+    )
+    return Assembly(
+        assignments=assignments,
+        ledger=ledger,
+        counters=counters,
+        outbox=outbox,
+        handoffs=handoffs,
+        receiver=receiver,
+        failures=failures,
+        coordinator=coordinator,
+    )
+
+
+def _outbox(base: Base, on_finished: Callable[[str, int], None]) -> Outbox:
+    return Outbox(
+        OutboxContext(
+            instance_id=base.me.instance_id,
+            incarnation=lambda: base.me.number,
+            on_finished=on_finished,
+            on_refused=lambda request_id, epoch: base.beat_soon(),
+            reach=base.failpoints.reach,
+            options=wire_options(base.spec),
+            write_timeout_s=base.spec.timing.progress_timeout_s,
+        )
+    )
+
+
+def _handoffs(base: Base, ledger: Ledger, counters: TransferCounters) -> HandoffTasks:
+    timing, thread, store = base.spec.timing, base.thread, base.store
+
+    def on_progress(request_id: str, epoch: int) -> None:
+        handoffs.touch(request_id, epoch)
+
+    context = SendContext(
+        port=thread,
+        holder_of=lambda request_id: while_store_is_away(lambda: store.holder_of(request_id), timing.lease_s),
+        counters=counters,
+        frame_bytes=base.spec.network.frame_bytes,
+        progress_timeout_s=timing.progress_timeout_s,
+        open_patience_s=timing.kv_lease_s,
+        engine_alive=lambda: thread.stalled_s() < timing.progress_timeout_s,
+        reach=base.failpoints.reach,
+        on_progress=on_progress,
+    )
+    handoffs = HandoffTasks(
+        me=base.me,
+        engine=thread,
+        ledger=ledger,
+        context=context,
+        channel_options=wire_options(base.spec),
+        reach=base.failpoints.reach,
+    )
+    return handoffs
+
+
+def _arrivals(
+    base: Base, assignments: Assignments, outbox: Outbox, on_failed: Callable[[Assignment, AutanError], None]
+) -> Arrivals:
+    engine = base.thread.engine
+    fingerprint = fingerprint_of(engine.identity, engine.layout)
+    return Arrivals(
+        me=base.me,
+        here=lambda: _addressee(base.me, engine, fingerprint),
+        assignments=assignments,
+        store=base.store,
+        outbox=outbox,
+        poll_inbox=base.poll_inbox,
+        on_failed=on_failed,
+        lease_s=base.spec.timing.lease_s,
+        commit_patience_s=base.spec.timing.lease_s,
+    )
+
+
+def _receiver(base: Base, arrivals: Arrivals, ledger: Ledger, counters: TransferCounters) -> Receiver:
+    timing = base.spec.timing
+    return Receiver(
+        port=base.thread,
+        hooks=arrivals,
+        ledger=ledger,
+        counters=counters,
+        limits=ReceiveLimits(
+            window_bytes=window_bytes(base.spec),
+            progress_timeout_s=timing.progress_timeout_s,
+            remember_s=timing.kv_lease_s,
+        ),
+        reach=base.failpoints.reach,
+    )
+
+
+def _addressee(me: Membership, engine: Engine, fingerprint: common.Fingerprint) -> Addressee:
+    return Addressee(
+        instance_id=me.instance_id,
+        incarnation=me.number,
+        fingerprint=fingerprint,
+        layout=engine.layout,
+        vocab_size=engine.identity.vocab_size,
+    )

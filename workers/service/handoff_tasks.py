@@ -1,0 +1,189 @@
+"""The outgoing hand-offs of this worker: engine progress goes in, exactly one release comes out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc.aio
+
+from protos.contract.errors import AutanError, Cancelled, EngineFailure, InternalError
+from protos.rpc import open_channel
+from protos.wire import common
+from workers.kv_transfer.ledger import Entry, Key, Ledger, Side
+from workers.kv_transfer.lifecycle import SendState
+from workers.kv_transfer.sender import Ending, Handoff, HandoffJob, HandoffResult, SendContext, is_fence
+from workers.service.assignments import Assignment
+from workers.service.engine_thread import EngineThread
+from workers.service.membership import Membership
+from workers.service.task_set import TaskSet
+
+
+class HandoffOutcomes(Protocol):
+    """Who hears how a hand-off went, before its blocks are given back."""
+
+    def handed_over(self, assignment: Assignment, result: HandoffResult) -> None:
+        """The peer is the holder."""
+        ...
+
+    def handoff_overtaken(self, assignment: Assignment, error: AutanError) -> None:
+        """This epoch is over: somebody else decides what becomes of the request."""
+        ...
+
+    def handoff_failed(self, assignment: Assignment, error: AutanError) -> None:
+        """The request has to be computed again, or fails."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    handoff: Handoff
+    inner: asyncio.Task[HandoffResult]
+
+
+class HandoffTasks:
+    """One task for each request that this worker prefills for another one."""
+
+    def __init__(
+        self,
+        *,
+        me: Membership,
+        engine: EngineThread,
+        ledger: Ledger,
+        context: SendContext,
+        channel_options: list[tuple[str, Any]],
+        reach: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self._me = me
+        self._engine = engine
+        self._ledger = ledger
+        self._context = context
+        self._options = channel_options
+        self._reach = reach
+        self._running: dict[Key, _Running] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._tasks = TaskSet()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, assignment: Assignment, fingerprint: common.Fingerprint, outcomes: HandoffOutcomes) -> None:
+        """Begins a hand-off; it opens when the first blocks are ready."""
+        job = HandoffJob(
+            request=assignment.request,
+            source_instance=self._me.instance_id,
+            source_incarnation=self._me.number,
+            target_instance=assignment.peer_instance,
+            target_incarnation=assignment.peer_incarnation,
+            fingerprint=fingerprint,
+        )
+        handoff = Handoff(job, self._channel(assignment.peer_address), self._context)
+        running = _Running(handoff, asyncio.create_task(handoff.run()))
+        self._running[_key(assignment)] = running
+        self._tasks.spawn(self._carry(assignment, running, outcomes))
+
+    def blocks_ready(self, assignment: Assignment, computed_tokens: int, block_ids: tuple[int, ...]) -> None:
+        """The engine finished another chunk."""
+        running = self._running.get(_key(assignment))
+        if running is not None and not running.inner.done():
+            self._note(assignment, running, len(block_ids))
+            running.handoff.blocks_ready(computed_tokens, block_ids)
+
+    def end(self, assignment: Assignment, ending: Ending, block_ids: tuple[int, ...]) -> None:
+        """The engine sampled the first token."""
+        running = self._running.get(_key(assignment))
+        if running is not None and not running.inner.done():
+            self._note(assignment, running, len(block_ids))
+            running.handoff.end(ending, block_ids)
+
+    def is_ending(self, assignment: Assignment) -> bool:
+        """True when everything was sent and only the commit, or the release after it, is awaited."""
+        running = self._running.get(_key(assignment))
+        return running is not None and running.handoff.lifecycle.state in (SendState.ENDING, SendState.COMMITTED)
+
+    def touch(self, request_id: str, epoch: int) -> None:
+        """The hand-off made progress: its ledger entry lives on."""
+        key = Key(request_id, epoch, Side.SEND)
+        if self._ledger.is_open(key):
+            self._ledger.touch(key, self._deadline_s())
+
+    def cancel(self, assignment: Assignment) -> None:
+        """Stops a hand-off; its blocks are given back in the background. Idempotent."""
+        running = self._running.get(_key(assignment))
+        if running is not None:
+            running.inner.cancel()
+
+    async def close(self) -> None:
+        """Stops everything and closes the connections to the peers."""
+        for running in self._running.values():
+            running.inner.cancel()
+        await self._tasks.settle()
+        channels, self._channels = list(self._channels.values()), {}
+        await asyncio.gather(*(channel.close() for channel in channels))
+
+    async def _carry(self, assignment: Assignment, running: _Running, outcomes: HandoffOutcomes) -> None:
+        handoff = running.handoff
+        error = await self._outcome(running.inner)
+        if error is None:
+            await self._reach("handoff.after_commit")
+            outcomes.handed_over(assignment, running.inner.result())
+        else:
+            handoff.lifecycle.move(SendState.ABORTED)
+            if is_fence(error):
+                self._context.counters.stale_refused += 1
+                outcomes.handoff_overtaken(assignment, error)
+            elif not isinstance(error, Cancelled):
+                self._context.counters.handoffs_failed += 1
+                outcomes.handoff_failed(assignment, error)
+        with suppress(EngineFailure):
+            await self._engine.let_go(assignment.request_id, assignment.epoch)
+        handoff.lifecycle.move(SendState.RELEASED)
+        key = _key(assignment)
+        if self._ledger.is_open(key):
+            self._ledger.release(key)
+        del self._running[key]
+        if error is not None:
+            await handoff.close(error.reason)
+
+    async def _outcome(self, inner: asyncio.Task[HandoffResult]) -> AutanError | None:
+        await asyncio.wait({inner})
+        if inner.cancelled():
+            return Cancelled("the request was dropped here")
+        error = inner.exception()
+        if error is None or isinstance(error, AutanError):
+            return error
+        return InternalError(f"the hand-off failed: {type(error).__name__}: {error}")
+
+    def _note(self, assignment: Assignment, running: _Running, blocks: int) -> None:
+        key = _key(assignment)
+        if self._ledger.is_open(key):
+            self._ledger.touch(key, self._deadline_s(), blocks)
+            return
+        self._ledger.open(
+            Entry(
+                key=key,
+                owner=self._me.instance_id,
+                writer=self._me.instance_id,
+                blocks=blocks,
+                deadline_s=self._deadline_s(),
+                state=lambda: running.handoff.lifecycle.state.value,
+            )
+        )
+
+    def _deadline_s(self) -> float:
+        # Opening may wait for room, and one stream may break: more than that is a leak.
+        return time.monotonic() + 2 * (self._context.progress_timeout_s + self._context.open_patience_s)
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = open_channel(address, self._options)
+        return channel
+
+
+def _key(assignment: Assignment) -> Key:
+    return Key(assignment.request_id, assignment.epoch, Side.SEND)

@@ -1,0 +1,49 @@
+"""From an inbox message to what the engine runs. Pure; the bytes come from Redis and are checked all the same."""
+
+from __future__ import annotations
+
+from google.protobuf.message import DecodeError
+
+from protos.contract.errors import InvalidRequest
+from protos.contract.redis_names import unpack_tokens
+from protos.wire import common
+from workers.engine_api.types import EngineRequest, Phase, SamplingParams
+from workers.service.store import InboxEntry
+
+
+def engine_request(entry: InboxEntry, phase: Phase) -> EngineRequest:
+    """The sequence to run. Raises InvalidRequest for a spec that cannot be read or belongs to another request."""
+    try:
+        spec = common.RequestSpec.FromString(entry.spec)
+        prompt, output = unpack_tokens(spec.prompt_token_ids), unpack_tokens(entry.journal)
+    except (DecodeError, ValueError) as error:
+        raise InvalidRequest(f"{entry.request_id}: the stored spec or journal is damaged: {error}") from error
+    if spec.request_id != entry.request_id:
+        raise InvalidRequest(f"{entry.request_id}: the stored spec is of {spec.request_id!r}")
+    return EngineRequest(
+        request_id=entry.request_id,
+        epoch=entry.epoch,
+        prompt=tuple(prompt),
+        output=tuple(output),
+        sampling=sampling_params(spec),
+        phase=phase,
+        cache_salt=spec.cache_salt,
+    )
+
+
+def sampling_params(spec: common.RequestSpec) -> SamplingParams:
+    """How the engine draws; eos ends a sequence unless the request ignores it."""
+    sampling = spec.sampling
+    stops = set(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        stops.update(spec.eos_token_ids)
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p or 1.0,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=frozenset(stops),
+    )

@@ -1,0 +1,67 @@
+"""The gRPC services of a worker: thin, everything is decided elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from grpc_health.v1 import health, health_pb2
+
+from protos.rpc import kv_pb2_grpc, worker_pb2_grpc
+from protos.wire import kv, worker
+from workers.kv_transfer.receiver import Receiver
+from workers.service.group import GroupHead
+
+_SERVICES = ("", "autan.v1.Worker", "autan.v1.KvTransfer")
+
+
+class KvTransferService(kv_pb2_grpc.KvTransferServicer):  # type: ignore[misc, unused-ignore]
+    """autan.v1.KvTransfer over a receiver."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+
+    async def Open(self, request: kv.OpenRequest, context: Any) -> kv.OpenReply:
+        return await self._receiver.open(request)
+
+    async def Push(self, request_iterator: AsyncIterator[kv.PushFrame], context: Any) -> AsyncIterator[kv.PushReply]:
+        async for reply in self._receiver.push(request_iterator):
+            yield reply
+
+    async def Close(self, request: kv.CloseRequest, context: Any) -> kv.CloseReply:
+        await self._receiver.close(request)
+        return kv.CloseReply()
+
+
+class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc, unused-ignore]
+    """autan.v1.Worker."""
+
+    def __init__(self, status: Callable[[], worker.WorkerStatusReply], group: GroupHead) -> None:
+        self._status = status
+        self._group = group
+
+    async def Status(self, request: worker.WorkerStatusRequest, context: Any) -> worker.WorkerStatusReply:
+        return self._status()
+
+    async def JoinGroup(
+        self, request_iterator: AsyncIterator[worker.RankBeat], context: Any
+    ) -> AsyncIterator[worker.GroupBeat]:
+        async for beat in self._group.serve(request_iterator):
+            yield beat
+
+
+class Health:
+    """grpc.health.v1: SERVING while the engine makes progress and Redis hears of the instance."""
+
+    def __init__(self) -> None:
+        self.servicer: Any = health.aio.HealthServicer()
+        self._serving: bool | None = None
+
+    async def set(self, serving: bool) -> None:
+        """Tells the watchers when it changed."""
+        if serving == self._serving:
+            return
+        self._serving = serving
+        codes = health_pb2.HealthCheckResponse
+        for service in _SERVICES:
+            await self.servicer.set(service, codes.SERVING if serving else codes.NOT_SERVING)
