@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.resources
 import json
 import re
@@ -20,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from configs.load import load_cluster
-from tests.architecture.source import PRODUCT, ROOT, name
+from tests.architecture.source import PRODUCT, ROOT, files, imported, name
 
 
 def _compose() -> dict[str, Any]:
@@ -81,6 +82,23 @@ def test_the_wheel_carries_every_data_file(tmp_path: Path) -> None:
 def test_the_promised_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert {"demo", "test", "check", "bench", "gen", "soak"} <= targets
+
+
+def test_every_import_comes_from_a_declared_dependency() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    declared = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
+    distributions = importlib.metadata.packages_distributions()
+    undeclared = set()
+    for path in files(*PRODUCT):
+        if name(path) == "protos/generate.py":  # a tool of the developer
+            continue
+        for line, what in imported(path):
+            top = what.split(".")[0]
+            homes = {canonicalize_name(home) for home in distributions.get(top, [])}
+            if top not in {*sys.stdlib_module_names, *PRODUCT, "vllm"} and not homes & declared:
+                undeclared.add(f"{name(path)}:{line} {top}")
+    assert undeclared == set()
 
 
 def test_every_declared_dependency_is_pinned_within_its_bounds() -> None:
