@@ -14,9 +14,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
+    ClusterError,
     ConnectionError,
+    MasterDownError,
     NoPermissionError,
     OutOfMemoryError,
+    ReadOnlyError,
     RedisError,
     ResponseError,
     TimeoutError,
@@ -27,8 +30,11 @@ from protos.contract.errors import AutanError, ConfigError, InternalError, Store
 MAX_CONNECTIONS = 32
 RETRY_AFTER_S = 0.5
 
-# First words of the errors that pass by themselves or with an operator's help, without a change of ours.
-_PASSING = ("MISCONF", "READONLY", "LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "TRYAGAIN", "MOVED", "ASK")
+# Errors that pass by themselves or with an operator's help, without a change of ours: by class where redis-py has one
+# (it then drops the first word), else by their first word.
+_PASSING = (ReadOnlyError, MasterDownError, ClusterError)
+_REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError)
+_PASSING_WORDS = ("MISCONF", "BUSY", "NOREPLICAS")
 
 
 def open_redis(url: str, timeout_s: float, max_connections: int = MAX_CONNECTIONS) -> Redis:
@@ -57,13 +63,15 @@ def is_function_missing(error: BaseException) -> bool:
 def translate(error: BaseException, what: str) -> AutanError:
     """The error of our tree for one of redis-py. `what` names the call."""
     text = f"{what}: {str(error) or type(error).__name__}"
-    if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
+    # Refused credentials come wrapped in a ConnectionError when they are refused while connecting.
+    if any(isinstance(seen, _REFUSED) for seen in (error, error.__cause__)):
         return ConfigError(f"{text}; check the user and password in store.url")
     if isinstance(error, ConnectionError | TimeoutError | OSError):
         return StoreUnavailable(text, RETRY_AFTER_S)
     if isinstance(error, OutOfMemoryError):
         return StoreFull(text, RETRY_AFTER_S)
-    if is_function_missing(error) or (isinstance(error, ResponseError) and str(error).startswith(_PASSING)):
+    passes = isinstance(error, _PASSING) or (isinstance(error, ResponseError) and str(error).startswith(_PASSING_WORDS))
+    if passes or is_function_missing(error):
         return StoreUnavailable(text, RETRY_AFTER_S)
     return InternalError(text)
 

@@ -61,9 +61,16 @@ def test_ids_outside_the_charset_are_refused(world: World, id: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
-    [({"prio": 2}, "prio"), ({"timeout_ms": -1}, "timeout_ms"), ({"prompt": "1e3"}, "prompt_tokens"), ({"max": "0x10"}, "max_tokens"),
-     ({"limit": "99999999999999999999"}, "queue_limit"), ({"max": ""}, "max_tokens"), ({"max": "nan"}, "max_tokens")],
-)  # fmt: skip
+    [
+        ({"prio": 2}, "prio"),
+        ({"timeout_ms": -1}, "timeout_ms"),
+        ({"prompt": "1e3"}, "prompt_tokens"),
+        ({"max": "0x10"}, "max_tokens"),
+        ({"max": ""}, "max_tokens"),
+        ({"max": "nan"}, "max_tokens"),
+        ({"limit": "99999999999999999999"}, "queue_limit"),
+    ],
+)
 def test_numbers_are_checked_before_anything_is_written(world: World, change: dict[str, object], complaint: str) -> None:
     with pytest.raises(redis.ResponseError, match=complaint):
         world.submit("r", **change)
