@@ -261,6 +261,13 @@ class RequestStream:
         if self._outcome is None:
             self._outcome = outcome
 
+    def close(self, reason: FinishReason) -> Ending:
+        """Redis says that no more tokens come: the last one that is here was the last one."""
+        if self._ending is None:
+            self._complete(reason)
+        assert self._ending is not None
+        return self._ending
+
     def read(self, cursor: int, limit: int) -> Chunk | None:
         """Visible tokens from `cursor` on, at most `limit`; None when there are none."""
         stop = min(self._visible, cursor + limit)

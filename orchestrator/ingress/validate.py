@@ -68,7 +68,7 @@ class CheckedRequest:
     sampling: SamplingChoice
     timeout_s: float
     priority: int
-    body_hash: str
+    body_hash: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +170,7 @@ def check_messages(chat: inference.Chat, card: ModelCard, limits: Limits, max_to
     return messages
 
 
-def body_hash(request: inference.GenerateRequest, model: str) -> str:
+def body_hash(request: inference.GenerateRequest, model: str) -> bytes:
     """SHA-256 of the canonical request: two requests of one id are the same when these are equal.
 
     The id itself and unknown fields do not count; an empty model counts as the one that is served.
@@ -180,7 +180,7 @@ def body_hash(request: inference.GenerateRequest, model: str) -> str:
     canonical.DiscardUnknownFields()  # type: ignore[attr-defined,unused-ignore]
     canonical.request_id = ""
     canonical.model = model
-    return hashlib.sha256(canonical.SerializeToString(deterministic=True)).hexdigest()
+    return hashlib.sha256(canonical.SerializeToString(deterministic=True)).digest()
 
 
 def _check_input(

@@ -1,0 +1,131 @@
+"""The operators' API: Status, ListRequests, CancelRequest, Shutdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator.ingress.live import StreamTable
+from orchestrator.ingress.metrics import Metrics
+from orchestrator.ingress.service import cancel_request
+from orchestrator.ingress.validate import check_request_id
+from orchestrator.store.client import Store
+from orchestrator.store.replies import InstanceRecord, StoreStats, View
+from protos.contract.errors import InvalidRequest, StoreUnavailable
+from protos.rpc import admin_pb2_grpc
+from protos.wire import admin, common
+
+_DEFAULT_LIMIT = 100
+_MAX_LIMIT = 1000
+_MAX_GRACE_S = 86_400.0
+
+_ROLES = {"prefill": common.ROLE_PREFILL, "decode": common.ROLE_DECODE, "combined": common.ROLE_COMBINED}
+_STATES = {
+    "STARTING": common.INSTANCE_STATE_STARTING,
+    "READY": common.INSTANCE_STATE_READY,
+    "DRAINING": common.INSTANCE_STATE_DRAINING,
+    "LOST": common.INSTANCE_STATE_LOST,
+    "STOPPED": common.INSTANCE_STATE_STOPPED,
+}
+
+Gauges = Callable[[], dict[str, int]]
+
+
+class AdminService(admin_pb2_grpc.AdminServicer):
+    """Every call reads Redis; Status answers without it too, and says so."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        table: StreamTable,
+        metrics: Metrics,
+        version: str,
+        gauges: Gauges,
+        on_shutdown: Callable[[float], None],
+    ) -> None:
+        self._store = store
+        self._table = table
+        self._metrics = metrics
+        self._version = version
+        self._gauges = gauges
+        self._on_shutdown = on_shutdown
+
+    async def Status(self, request: admin.StatusRequest, context: Any) -> admin.StatusReply:
+        """Instances, totals, and the counters of this ingress."""
+        reply = admin.StatusReply(cluster=self._store.cluster, version=self._version)
+        for name, value in {**self._metrics.snapshot(), **self._gauges()}.items():
+            reply.counters[name] = max(0, value)
+        try:
+            view, stats = await self._store.view(0), await self._store.stats()
+        except StoreUnavailable:
+            return reply
+        reply.store_reachable = True
+        fill_status(reply, view, stats)
+        return reply
+
+    async def ListRequests(self, request: admin.ListRequestsRequest, context: Any) -> admin.ListRequestsReply:
+        """Live requests, oldest first."""
+        if request.limit > _MAX_LIMIT:
+            raise InvalidRequest(f"limit: {request.limit} is above {_MAX_LIMIT}")
+        found = await self._store.requests(request.limit or _DEFAULT_LIMIT)
+        return admin.ListRequestsReply(
+            requests=[
+                admin.RequestStatus(
+                    request_id=live.request_id,
+                    tenant=live.tenant,
+                    state=live.state,
+                    epoch=live.epoch,
+                    prompt_tokens=live.prompt_tokens,
+                    completion_tokens=live.n,
+                    prefill_instance=live.p,
+                    decode_instance=live.d,
+                    age_s=max(0.0, (found.now_ms - live.submitted_ms) / 1000),
+                    attempts=live.attempts,
+                )
+                for live in found.requests
+            ]
+        )
+
+    async def CancelRequest(self, request: admin.AdminCancelRequest, context: Any) -> admin.AdminCancelReply:
+        """Idempotent, for a request of any tenant."""
+        check_request_id(request.request_id)
+        state = await cancel_request(self._store, self._table, request.request_id, "", "operator asked for it")
+        return admin.AdminCancelReply(state=state)
+
+    async def Shutdown(self, request: admin.ShutdownRequest, context: Any) -> admin.ShutdownReply:
+        """Hands the wish on and returns."""
+        if not math.isfinite(request.grace_s) or not 0 <= request.grace_s <= _MAX_GRACE_S:
+            raise InvalidRequest(f"grace_s: {request.grace_s} is not between 0 and {_MAX_GRACE_S:.0f}")
+        self._on_shutdown(request.grace_s)
+        return admin.ShutdownReply()
+
+
+def fill_status(reply: admin.StatusReply, view: View, stats: StoreStats) -> None:
+    """Writes what Redis knows into the reply. Pure."""
+    reply.queued = view.queued_total
+    reply.running = max(0, stats.live - view.queued_total)
+    reply.finished = stats.totals.get("done", 0)
+    reply.failed = sum(stats.totals.get(name, 0) for name in ("failed", "dead", "expired"))
+    reply.cancelled = stats.totals.get("cancelled", 0)
+    reply.leader = stats.leader
+    reply.leader_epoch = stats.leader_epoch
+    reply.instances.extend(_instance(record, view.now_ms) for record in view.instances)
+
+
+def _instance(record: InstanceRecord, now_ms: int) -> admin.InstanceStatus:
+    card = common.InstanceCard.FromString(record.card)
+    return admin.InstanceStatus(
+        instance_id=record.instance_id,
+        role=_ROLES.get(record.role, common.ROLE_UNSPECIFIED),
+        state=_STATES.get(record.state, common.INSTANCE_STATE_UNSPECIFIED),
+        epoch=record.incarnation,
+        address=record.addr,
+        node=card.node,
+        card=card,
+        stats=common.InstanceStats.FromString(record.stats),
+        heartbeat_age_s=max(0.0, (now_ms - record.beat_ms) / 1000),
+        assigned_requests=max(0, record.p_requests + record.d_requests),
+        reserved_blocks=max(0, record.p_blocks + record.d_blocks),
+    )

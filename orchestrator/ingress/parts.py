@@ -1,0 +1,144 @@
+"""The parts of one ingress, wired together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from configs.schema.network import IngressConfig
+from orchestrator.domain.clock import Clock, SystemClock
+from orchestrator.ingress.admin_service import AdminService
+from orchestrator.ingress.adopt import Adopter
+from orchestrator.ingress.auth import Authoriser
+from orchestrator.ingress.departures import Departures
+from orchestrator.ingress.intake import Intake
+from orchestrator.ingress.journal import Journal
+from orchestrator.ingress.live import StreamTable
+from orchestrator.ingress.metrics import Metrics
+from orchestrator.ingress.model import ServedModel
+from orchestrator.ingress.owner import Ownership
+from orchestrator.ingress.service import InferenceService
+from orchestrator.ingress.token_sink import TokenSink
+from orchestrator.ingress.validate import Limits
+from orchestrator.ingress.watch import Watch
+from orchestrator.store.client import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngressSettings:
+    """What an ingress needs to know, besides the store and the model."""
+
+    config: IngressConfig
+    version: str
+    ingress_id: str = "ingress-0"
+    lease_s: float = 3.0
+    request_timeout_s: float = 600.0
+    max_queued: int = 4096
+    linger_s: float = 0.5  # a client that left may come back for so long before its request is cancelled
+    stall_s: float = 30.0  # a client that reads nothing for so long loses its stream
+    max_backlog_tokens: int = 1_000_000  # accepted while Redis is away, before workers have to wait
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything between the two listeners and Redis."""
+
+    metrics: Metrics
+    owner: Ownership
+    table: StreamTable
+    journal: Journal
+    watch: Watch
+    intake: Intake
+    departures: Departures
+    service: InferenceService
+    admin: AdminService
+    sink: TokenSink
+
+
+def assemble(
+    *,
+    settings: IngressSettings,
+    store: Store,
+    model: ServedModel,
+    authorise: Authoriser,
+    sink_address: str,
+    on_shutdown: Callable[[float], None],
+    clock: Clock | None = None,
+) -> Parts:
+    """Makes the parts; nothing runs yet."""
+    clock = clock or SystemClock()
+    config = settings.config
+    limits = Limits(default_max_tokens=config.default_max_tokens, default_timeout_s=settings.request_timeout_s)
+    metrics = Metrics()
+    table = StreamTable(metrics)
+    owner = Ownership(store, settings.ingress_id, sink_address, settings.lease_s)
+    journal = Journal(
+        store,
+        owner,
+        table,
+        metrics,
+        tick_s=config.tick_ms / 1000,
+        max_backlog_tokens=settings.max_backlog_tokens,
+    )
+    adopter = Adopter(
+        store=store,
+        owner=owner,
+        table=table,
+        journal=journal,
+        model=model,
+        clock=clock,
+        metrics=metrics,
+        max_timeout_s=limits.max_timeout_s,
+    )
+    watch = Watch(store=store, owner=owner, table=table, journal=journal, adopter=adopter, clock=clock)
+    departures = Departures(store, table, metrics, settings.linger_s)
+    intake = Intake(
+        store=store,
+        owner=owner,
+        table=table,
+        adopter=adopter,
+        departures=departures,
+        model=model,
+        limits=limits,
+        clock=clock,
+        metrics=metrics,
+        queue_limit=settings.max_queued,
+    )
+    service = InferenceService(
+        authorise=authorise,
+        intake=intake,
+        adopter=adopter,
+        departures=departures,
+        table=table,
+        store=store,
+        model=model,
+        metrics=metrics,
+        max_streams=config.max_streams,
+        max_event_tokens=config.max_buffered_tokens,
+        stall_s=settings.stall_s,
+    )
+
+    def gauges() -> dict[str, int]:
+        return {
+            "streams_open": service.open_streams,
+            "requests_live": len(table),
+            "backlog_tokens": journal.backlog_tokens,
+            "ingress_epoch": owner.epoch,
+        }
+
+    admin = AdminService(
+        store=store, table=table, metrics=metrics, version=settings.version, gauges=gauges, on_shutdown=on_shutdown
+    )
+    sink = TokenSink(table=table, journal=journal, watch=watch, metrics=metrics, store=store)
+    return Parts(
+        metrics=metrics,
+        owner=owner,
+        table=table,
+        journal=journal,
+        watch=watch,
+        intake=intake,
+        departures=departures,
+        service=service,
+        admin=admin,
+        sink=sink,
+    )
