@@ -51,7 +51,9 @@ def test_an_expiry_counts_from_its_second(authoriser: Authoriser, tmp_path: Path
         late(GENERATE, bearer("old"))
 
 
-@pytest.mark.parametrize("value", ["", "alice", "Basic alice", "Bearer ", "Bearer nobody", "Bearer " + "x" * 600, "Bearer ALICE"])
+@pytest.mark.parametrize(
+    "value", ["", "alice", "Basic alice", "Bearer ", "Bearer nobody", "Bearer " + "x" * 600, "Bearer ALICE"]
+)
 @pytest.mark.parametrize("method", [*METHOD_ROLES, "/autan.v1.Inference/Unheard", ""])
 def test_without_a_known_key_every_method_is_refused(authoriser: Authoriser, method: str, value: str) -> None:
     with pytest.raises(Unauthenticated) as refused:

@@ -92,7 +92,9 @@ def any_requests(draw: st.DrawFn) -> inference.GenerateRequest:
         case 0:
             request.text = draw(st.text(max_size=600))
         case 1:
-            turns = draw(st.lists(st.tuples(st.sampled_from(["user", "system", "assistant", "x"]), st.text(max_size=99)), max_size=9))
+            turns = draw(
+                st.lists(st.tuples(st.sampled_from(["user", "system", "assistant", "x"]), st.text(max_size=99)), max_size=9)
+            )
             request.chat.messages.extend(inference.ChatMessage(role=role, content=content) for role, content in turns)
         case 2:
             request.token_ids.ids.extend(draw(st.lists(st.integers(0, 2**32 - 1) | st.integers(0, VOCAB_SIZE), max_size=600)))
