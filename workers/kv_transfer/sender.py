@@ -37,7 +37,7 @@ from workers.kv_transfer.lifecycle import Lifecycle, SendState, sending
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.push_stream import PushStream, stream_error
 
-_OPEN_BACKOFF_S = (0.05, 1.0)
+_OPEN_BACKOFF_S = (0.05, 0.25)
 _CLOSE_TIMEOUT_S = 1.0
 
 

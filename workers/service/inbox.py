@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from redis.exceptions import RedisError
 
 from protos.contract.errors import AutanError, StaleIncarnation
+from workers.service.cancellation import cancellable
 from workers.service.store import InboxEntry, WorkerStore
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class Inbox:
             try:
                 self._news.set()
                 while True:
-                    if await channel.get_message(timeout=_HINT_TIMEOUT_S) is not None:
+                    if await cancellable(channel.get_message(timeout=_HINT_TIMEOUT_S)) is not None:
                         self._news.set()
             except (RedisError, OSError, TimeoutError):
                 await asyncio.sleep(_RESUBSCRIBE_S)

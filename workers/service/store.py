@@ -27,6 +27,7 @@ from protos.contract.redis_names import Code, Fn, InboxKind, base_key, instance_
 from protos.wire import error_to_wire
 from protos.wire import store as records
 from workers.kv_transfer.sender import Holder
+from workers.service.cancellation import cancellable
 
 _AWAY = ("MISCONF", "BUSY", "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS")
 _NO_FUNCTION = "function not found"
@@ -171,7 +172,7 @@ class WorkerStore:
         """A subscription to the hints of an inbox; lossy. The caller closes it."""
         channel = self._redis.pubsub(ignore_subscribe_messages=True)
         try:
-            await channel.subscribe(instance_channel(self._cluster, instance_id))
+            await cancellable(channel.subscribe(instance_channel(self._cluster, instance_id)))
         except (RedisError, OSError, TimeoutError) as error:
             await channel.aclose()  # type: ignore[no-untyped-call]
             raise store_error(error) from error
@@ -179,14 +180,14 @@ class WorkerStore:
 
     async def _call(self, function: Fn, *args: str | int | bytes) -> list[Any]:
         try:
-            reply: Any = await self._redis.fcall(function.value, 1, self._base, *args)
+            reply: Any = await cancellable(self._redis.fcall(function.value, 1, self._base, *args))
         except (RedisError, OSError, TimeoutError) as error:
             raise store_error(error) from error
         return list(reply)
 
     async def _read(self, key: str, *fields: str) -> list[bytes | None]:
         try:
-            values: Any = await self._redis.hmget(key, list(fields))
+            values: Any = await cancellable(self._redis.hmget(key, list(fields)))
         except (RedisError, OSError, TimeoutError) as error:
             raise store_error(error) from error
         return list(values)

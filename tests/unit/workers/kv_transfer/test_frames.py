@@ -1,0 +1,142 @@
+"""Frames and digests: whatever is cut arrives whole, whatever is changed on the way is refused."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protos.contract.errors import BadFrame, DigestMismatch, HandoffError
+from protos.wire import kv
+from workers.engine_api.types import KvLayout
+from workers.kv_transfer.digest import DigestScope
+from workers.kv_transfer.frames import Reassembly, split
+
+LAYOUT = KvLayout(block_tokens=4, num_layers=5, row_bytes=8, dtype="bytes", name="test", target_group_bytes=64)
+SCOPE = DigestScope("model=x", "r1", 7)
+BLOCKS = 3
+
+
+def content(blocks: int = BLOCKS, seed: int = 0) -> list[list[bytes]]:
+    rng = random.Random(seed)
+    return [[rng.randbytes(LAYOUT.group_bytes(g)) for g in range(LAYOUT.num_groups)] for _ in range(blocks)]
+
+
+def cut(data: list[list[bytes]], frame_bytes: int, first: int = 0, scope: DigestScope = SCOPE) -> list[kv.BlockFrame]:
+    frames: list[kv.BlockFrame] = []
+    for block in range(first, len(data)):
+        for group, raw in enumerate(data[block]):
+            view = memoryview(raw)
+            frames += split(block, group, view, scope.of(block, group, view), frame_bytes)
+    return frames
+
+
+def put_together(
+    frames: list[kv.BlockFrame], first: int = 0, blocks: int = BLOCKS
+) -> tuple[Reassembly, dict[tuple[int, int], bytes]]:
+    reassembly, pool = Reassembly(LAYOUT, SCOPE, first, blocks), dict[tuple[int, int], bytes]()
+    for frame in frames:
+        accepted = reassembly.accept(frame)
+        key = (accepted.block_index, accepted.group)
+        assert accepted.offset_bytes == len(pool.get(key, b""))
+        pool[key] = pool.get(key, b"") + bytes(accepted.payload)
+    return reassembly, pool
+
+
+def test_the_layout_has_a_short_last_group() -> None:
+    assert LAYOUT.num_groups == 3
+    assert [LAYOUT.group_bytes(g) for g in range(3)] == [64, 64, 32]
+
+
+@given(st.integers(1, 200), st.integers(0, BLOCKS - 1))
+def test_what_is_cut_arrives_whole(frame_bytes: int, first: int) -> None:
+    data = content()
+    frames = cut(data, frame_bytes, first)
+    assert all(1 <= len(frame.payload) <= frame_bytes for frame in frames)
+    reassembly, pool = put_together(frames, first)
+    assert reassembly.complete and reassembly.verified_blocks == BLOCKS
+    assert pool == {(b, g): data[b][g] for b in range(first, BLOCKS) for g in range(LAYOUT.num_groups)}
+
+
+def test_a_block_counts_only_when_all_its_groups_are_verified() -> None:
+    reassembly = Reassembly(LAYOUT, SCOPE, 0, BLOCKS)
+    counts = []
+    for frame in cut(content(), 1000):
+        reassembly.accept(frame)
+        counts.append(reassembly.verified_blocks)
+    assert counts == [0, 0, 1, 1, 1, 2, 2, 2, 3]
+
+
+@given(st.data())
+def test_any_single_change_is_refused(data: st.DataObject) -> None:
+    """Bits, order, repetition, omission, ranges: a frame that is not exactly the next one never counts."""
+    frames = cut(content(), data.draw(st.integers(5, 70)))
+    at = data.draw(st.integers(0, len(frames) - 1))
+    kind = data.draw(st.sampled_from(["flip", "repeat", "omit", "swap", "digest", "empty", "longer", "number"]))
+    if kind == "flip":
+        payload = bytearray(frames[at].payload)
+        bit = data.draw(st.integers(0, 8 * len(payload) - 1))
+        payload[bit // 8] ^= 1 << bit % 8
+        frames[at].payload = bytes(payload)
+    elif kind == "repeat":
+        frames.insert(at, frames[at])
+    elif kind == "omit":
+        del frames[at]
+    elif kind == "swap":
+        other = data.draw(st.integers(0, len(frames) - 1).filter(lambda i: i != at))
+        frames[at], frames[other] = frames[other], frames[at]
+    elif kind == "digest":
+        frames[at].digest = b"" if frames[at].digest else b"x" * 16
+    elif kind == "empty":
+        frames[at].payload = b""
+    elif kind == "longer":
+        frames[at].payload += b"\0" * 64
+    else:
+        field = data.draw(st.sampled_from(["block_index", "layer_group", "offset_bytes"]))
+        setattr(frames[at], field, data.draw(st.integers(0, 2**32 - 1).filter(lambda v: v != getattr(frames[at], field))))
+    try:
+        reassembly, _ = put_together(frames)
+    except HandoffError:
+        return
+    assert kind == "omit" and not reassembly.complete
+
+
+def test_payloads_of_two_blocks_swapped_do_not_verify() -> None:
+    frames = cut(content(), 1000)
+    frames[0].payload, frames[3].payload = frames[3].payload, frames[0].payload
+    frames[0].digest, frames[3].digest = frames[3].digest, frames[0].digest
+    with pytest.raises(DigestMismatch):
+        put_together(frames)
+
+
+@pytest.mark.parametrize("foreign", [("model=y", "r1", 7), ("model=x", "r2", 7), ("model=x", "r1", 8)])
+def test_blocks_of_another_model_request_or_epoch_do_not_verify(foreign: tuple[str, str, int]) -> None:
+    with pytest.raises(DigestMismatch):
+        put_together(cut(content(), 1000, scope=DigestScope(*foreign)))
+
+
+def test_field_boundaries_count_in_a_digest() -> None:
+    one, two = DigestScope("ab", "c", 1), DigestScope("a", "bc", 1)
+    assert one.of(0, 0, b"x") != two.of(0, 0, b"x")
+
+
+def test_after_a_rewind_the_open_block_comes_again() -> None:
+    frames = cut(content(), 40)
+    reassembly = Reassembly(LAYOUT, SCOPE, 0, BLOCKS)
+    second = next(i for i, frame in enumerate(frames) if frame.block_index == 1)
+    for frame in frames[: second + 2]:
+        reassembly.accept(frame)
+    reassembly.rewind()
+    assert reassembly.verified_blocks == 1
+    for frame in frames[second:]:
+        reassembly.accept(frame)
+    assert reassembly.complete
+
+
+def test_nothing_is_taken_after_the_last_block() -> None:
+    frames = cut(content(), 1000)
+    reassembly, _ = put_together(frames)
+    with pytest.raises(BadFrame):
+        reassembly.accept(frames[-1])
