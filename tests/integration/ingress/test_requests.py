@@ -114,7 +114,7 @@ def test_resume_of_a_live_and_of_a_finished_request(fresh_store: FreshStore) -> 
 
 def test_a_stop_string_ends_the_request_at_the_worker_too(fresh_store: FreshStore) -> None:
     async def scenario(world: World) -> None:
-        word = [byte + 3 for byte in "hello END of it".encode()]
+        word = [byte + 3 for byte in b"hello END of it"]
         world.worker.token = lambda seed, index: word[index] if index < len(word) else expected_token(seed, index)
         world.worker.allow(8)
         call = asyncio.create_task(world.ask(a_prompt("r-1", max_tokens=100, stop=["END", "never"])))

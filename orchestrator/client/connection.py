@@ -1,0 +1,208 @@
+"""The client itself: one connection, streams that survive its loss."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+
+from configs import env
+from orchestrator.client.endpoint import find_endpoint
+from orchestrator.client.messages import Accepted, Completion, Delta, Event, Finished, Turn, event_of, generate_request
+from protos.contract.errors import AutanError, ClusterUnreachable, PeerUnavailable, UnavailableError
+from protos.rpc import admin_pb2_grpc, error_of, inference_pb2_grpc, open_channel
+from protos.wire import admin, inference
+
+_BACKOFF_S = (0.05, 1.0)
+_GIVE_UP_S = 1.0
+
+
+class AsyncClient:
+    """A connection to one cluster, for one event loop. Close it, or use it as a context.
+
+    `retry_s`: for so long without progress a stream is resumed, and a submit repeated, before the error is raised.
+    `timeout_s`: for calls that are not streams.
+    """
+
+    def __init__(
+        self, endpoint: str | None = None, *, api_key: str | None = None, retry_s: float = 10.0, timeout_s: float = 10.0
+    ) -> None:
+        self.endpoint = endpoint or find_endpoint()
+        key = api_key if api_key is not None else env.api_key()
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        self._retry_s = retry_s
+        self._timeout_s = timeout_s
+        self._channel: grpc.aio.Channel | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection; open streams end with it. Idempotent."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
+
+    async def generate(self, text: str | None = None, **options: Any) -> AsyncGenerator[Event, None]:
+        """Accepted, the tokens as they come, Finished; see generate_request for the options.
+
+        Closing the generator early cancels the request. Raises the error with which the request ended.
+        """
+        request = generate_request(text, **options)
+        async for event in self._resumed(request, request.request_id, 0):
+            yield event
+
+    async def resume(self, request_id: str, from_index: int = 0) -> AsyncGenerator[Event, None]:
+        """The stream of an accepted request from a token on."""
+        async for event in self._resumed(None, request_id, from_index):
+            yield event
+
+    async def complete(self, text: str | None = None, **options: Any) -> Completion:
+        """The whole answer; see generate_request for the options."""
+        accepted: Accepted | None = None
+        pieces: list[str] = []
+        ids: list[int] = []
+        async for event in self.generate(text, **options):
+            match event:
+                case Accepted():
+                    accepted = event
+                case Delta():
+                    ids += event.token_ids
+                    pieces.append(event.text)
+                case Finished():
+                    assert accepted is not None
+                    return Completion(
+                        request_id=accepted.request_id,
+                        model=accepted.model,
+                        text="".join(pieces) + event.text,
+                        token_ids=tuple(ids),
+                        finish_reason=event.reason,
+                        prompt_tokens=event.prompt_tokens,
+                        seed=accepted.seed,
+                        stop=event.stop,
+                        timeline=event.timeline,
+                    )
+        raise PeerUnavailable(f"{self.endpoint}: the stream ended without an end")
+
+    async def cancel(self, request_id: str) -> str:
+        """Cancels a request of the key's tenant; returns its state after the call. Idempotent."""
+        reply = await self._call(self._inference().Cancel, inference.CancelRequest(request_id=request_id))
+        return str(reply.state)
+
+    async def tokenize(self, text: str | None = None, *, messages: Sequence[Turn] | None = None) -> list[int]:
+        """The prompt tokens that generate would use."""
+        prompt = generate_request(text, messages=messages)
+        request = inference.TokenizeRequest()
+        if text is not None:
+            request.text = prompt.text
+        else:
+            request.chat.CopyFrom(prompt.chat)
+        return list((await self._call(self._inference().Tokenize, request)).ids)
+
+    async def models(self) -> list[inference.Model]:
+        """The models that are served."""
+        return list((await self._call(self._inference().ListModels, inference.ListModelsRequest())).models)
+
+    async def status(self) -> admin.StatusReply:
+        """Instances, totals, counters. For admins, like all methods from here on."""
+        reply: admin.StatusReply = await self._call(self._admin().Status, admin.StatusRequest())
+        return reply
+
+    async def requests(self, limit: int = 100) -> list[admin.RequestStatus]:
+        """Live requests of all tenants, oldest first."""
+        return list((await self._call(self._admin().ListRequests, admin.ListRequestsRequest(limit=limit))).requests)
+
+    async def cancel_any(self, request_id: str) -> str:
+        """Cancels a request of any tenant; returns its state after the call."""
+        reply = await self._call(self._admin().CancelRequest, admin.AdminCancelRequest(request_id=request_id))
+        return str(reply.state)
+
+    async def shutdown(self, grace_s: float = 30.0) -> None:
+        """Asks the cluster to drain and stop; returns at once."""
+        await self._call(self._admin().Shutdown, admin.ShutdownRequest(grace_s=grace_s))
+
+    async def _resumed(
+        self, request: inference.GenerateRequest | None, request_id: str, from_index: int
+    ) -> AsyncGenerator[Event, None]:
+        """One stream over as many connections as it takes. `request` is sent until it is accepted; then it is resumed."""
+        unsent, next_index, announced = request, from_index, False
+        attempt, progress_at_s = 0, time.monotonic()
+        while True:
+            try:
+                async with aclosing(self._events(unsent, request_id, next_index)) as events:
+                    async for event in events:
+                        attempt, progress_at_s = 0, time.monotonic()
+                        if isinstance(event, Accepted):
+                            unsent = None
+                            if announced:
+                                continue
+                            announced = True
+                        elif isinstance(event, Delta):
+                            next_index = event.first_index + len(event.token_ids)
+                        yield event
+                        if isinstance(event, Finished):
+                            return
+                raise PeerUnavailable(f"{self.endpoint}: the stream of {request_id} broke off")
+            except UnavailableError as error:
+                delay_s = max(error.retry_after_s, min(_BACKOFF_S[1], _BACKOFF_S[0] * 2**attempt))
+                if time.monotonic() + delay_s - progress_at_s > self._retry_s:
+                    raise self._unreachable(error) from error
+            except (GeneratorExit, asyncio.CancelledError):
+                if request is not None and announced:
+                    await self._give_up(request_id)
+                raise
+            attempt += 1
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+
+    async def _give_up(self, request_id: str) -> None:
+        with suppress(AutanError, TimeoutError):
+            async with asyncio.timeout(_GIVE_UP_S):
+                await self.cancel(request_id)
+
+    async def _events(
+        self, request: inference.GenerateRequest | None, request_id: str, next_index: int
+    ) -> AsyncGenerator[Event, None]:
+        stub = self._inference()
+        if request is not None:
+            call = stub.Generate(request, metadata=self._metadata)
+        else:
+            wanted = inference.ResumeRequest(request_id=request_id, from_index=next_index)
+            call = stub.Resume(wanted, metadata=self._metadata)
+        try:
+            async for event in call:
+                yield event_of(event)
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        finally:
+            call.cancel()
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, metadata=self._metadata, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise self._unreachable(error_of(error)) from error
+
+    def _unreachable(self, error: AutanError) -> AutanError:
+        if type(error) is PeerUnavailable:  # no answer of the cluster, but of gRPC
+            return ClusterUnreachable(f"{self.endpoint}: no cluster answers ({error.message}); is `autan up` running?")
+        return error
+
+    def _inference(self) -> Any:
+        return inference_pb2_grpc.InferenceStub(self._open())  # type: ignore[no-untyped-call]
+
+    def _admin(self) -> Any:
+        return admin_pb2_grpc.AdminStub(self._open())  # type: ignore[no-untyped-call]
+
+    def _open(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            self._channel = open_channel(self.endpoint)
+        return self._channel

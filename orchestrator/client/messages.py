@@ -1,0 +1,126 @@
+"""What a client sends and what it gets, as values. Pure."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from protos.contract.errors import InvalidRequest, PeerUnavailable
+from protos.wire import common, inference
+
+FINISH_REASONS = {
+    common.FINISH_REASON_STOP: "stop",
+    common.FINISH_REASON_LENGTH: "length",
+    common.FINISH_REASON_CANCELLED: "cancelled",
+    common.FINISH_REASON_ERROR: "error",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The cluster has the request. The seed makes the answer repeatable."""
+
+    request_id: str
+    model: str
+    prompt_tokens: int
+    seed: int
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens and the text that they complete; `first_index` counts output tokens from 0."""
+
+    first_index: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end. `text` was held back until it was known; `reason` is stop or length; `stop` the stop string, if one."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    timeline: common.Timeline
+    stop: str
+    text: str
+
+
+Event = Accepted | Delta | Finished
+Turn = tuple[str, str] | Mapping[str, str]
+"""One message of a chat: (role, content), or a mapping with these keys."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A whole answer."""
+
+    request_id: str
+    model: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    seed: int
+    stop: str
+    timeline: common.Timeline
+
+
+def generate_request(
+    text: str | None = None,
+    *,
+    messages: Sequence[Turn] | None = None,
+    token_ids: Sequence[int] | None = None,
+    model: str = "",
+    request_id: str = "",
+    timeout_s: float = 0.0,
+    priority: int = 0,
+    **sampling: Any,
+) -> inference.GenerateRequest:
+    """The message for a prompt: exactly one of text, messages and token_ids.
+
+    `sampling`: temperature, top_p, top_k, min_p, seed, max_tokens, min_tokens, stop_token_ids, stop, ignore_eos; None means
+    the server's default. Raises InvalidRequest for what a message cannot carry; everything else is the server's to judge.
+    """
+    if sum(given is not None for given in (text, messages, token_ids)) != 1:
+        raise InvalidRequest("prompt: give exactly one of text, messages and token_ids")
+    params = {name: value for name, value in sampling.items() if value is not None}
+    try:
+        request = inference.GenerateRequest(
+            request_id=request_id or f"c-{secrets.token_hex(12)}",
+            model=model,
+            timeout_s=timeout_s,
+            priority=priority,
+            sampling=inference.SamplingParams(**params),
+        )
+        if text is not None:
+            request.text = text
+        elif messages is not None:
+            pairs = [turn if isinstance(turn, tuple) else (turn["role"], turn["content"]) for turn in messages]
+            turns = [inference.ChatMessage(role=role, content=content) for role, content in pairs]
+            request.chat.CopyFrom(inference.Chat(messages=turns))
+        else:
+            request.token_ids.CopyFrom(inference.TokenIds(ids=token_ids))
+    except (TypeError, ValueError, KeyError) as error:
+        raise InvalidRequest(f"request: {error}") from error
+    return request
+
+
+def event_of(event: inference.GenerateEvent) -> Event:
+    """One event as a value. Raises PeerUnavailable for a kind that this client does not know."""
+    match event.WhichOneof("event"):
+        case "accepted":
+            one = event.accepted
+            return Accepted(one.request_id, one.model, one.prompt_tokens, one.seed)
+        case "tokens":
+            return Delta(event.tokens.first_index, tuple(event.tokens.ids), event.tokens.text)
+        case "finished":
+            end = event.finished
+            reason = FINISH_REASONS.get(end.reason, "unspecified")
+            return Finished(reason, end.prompt_tokens, end.completion_tokens, end.timeline, end.stop, end.text)
+        case other:
+            raise PeerUnavailable(f"an event of the unknown kind {other}: is the cluster of another version?")
