@@ -1,0 +1,120 @@
+"""`autan generate`: one prompt from the command line, streamed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from google.protobuf.json_format import MessageToDict
+
+from orchestrator.cli.connect import Cluster, Json, with_client
+from orchestrator.cli.output import print_json
+from orchestrator.client import Accepted, AsyncClient, Completion, Delta, Finished
+from protos.contract.errors import ConfigError
+
+_MAX_FILE_BYTES = 16 * 1024 * 1024
+
+
+def read_messages(path: Path) -> list[dict[str, str]]:
+    """A JSON list of `{"role": ..., "content": ...}`. Raises ConfigError, naming the file and what is wrong."""
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ConfigError(f"{path}: larger than {_MAX_FILE_BYTES} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: no JSON: {error}") from error
+    if not isinstance(value, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in value
+    ):
+        raise ConfigError(f'{path}: expected a list of {{"role": "user", "content": "..."}}')
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+
+
+def read_token_ids(text: str) -> list[int]:
+    """`1,5,9` as ids. Raises ConfigError, naming the piece that is no number."""
+    ids = []
+    for piece in text.split(","):
+        try:
+            ids.append(int(piece))
+        except ValueError:
+            raise ConfigError(f"--token-ids: {piece!r} is no token id; expected something like 1,5,9") from None
+    return ids
+
+
+def generate(
+    text: Annotated[str | None, typer.Argument(help="The prompt, as one user message; `-` reads it from stdin.")] = None,
+    messages: Annotated[Path | None, typer.Option(help="JSON file with a list of role and content.")] = None,
+    token_ids: Annotated[str | None, typer.Option(help="Token ids, 1,5,9: no template.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Encode the text as it is, without the chat template.")] = False,
+    model: Annotated[str, typer.Option(help="Served name; default: the only one.")] = "",
+    request_id: Annotated[str, typer.Option(help="Idempotency key; default: a new one.")] = "",
+    max_tokens: Annotated[int | None, typer.Option(help="At most so many tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, max=86_400, help="Deadline of the request, seconds.")] = 600.0,
+    cluster: Cluster = None,
+    as_json: Json = False,
+) -> None:
+    """Generate from a prompt and stream the answer. With --json: ids, text, finish reason, request id, instances, timings."""
+    if sum(given is not None for given in (text, messages, token_ids)) != 1:
+        raise ConfigError("generate: give exactly one of TEXT, --messages and --token-ids")
+    options: dict[str, Any] = {
+        "model": model,
+        "request_id": request_id,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop or None,
+        "ignore_eos": ignore_eos or None,
+        "timeout_s": timeout,
+    }
+    if messages is not None:
+        options["messages"] = read_messages(messages)
+    elif token_ids is not None:
+        options["token_ids"] = read_token_ids(token_ids)
+    else:
+        prompt = sys.stdin.read() if text == "-" else text
+        options.update({"text": prompt} if raw else {"messages": [{"role": "user", "content": prompt}]})
+    if as_json:
+        print_json(completion_json(with_client(lambda client: client.complete(**options), cluster, timeout)))
+    else:
+        with_client(lambda client: _print_stream(client, options), cluster, timeout)
+
+
+def completion_json(done: Completion) -> dict[str, Any]:
+    """A whole answer as `--json` prints it; times in seconds."""
+    timeline = MessageToDict(done.timeline, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    timeline["handoff_bytes"] = int(done.timeline.handoff_bytes)
+    return {
+        "request_id": done.request_id,
+        "model": done.model,
+        "token_ids": list(done.token_ids),
+        "text": done.text,
+        "finish_reason": done.finish_reason,
+        "stop": done.stop or None,
+        "seed": done.seed,
+        "usage": {"prompt_tokens": done.prompt_tokens, "completion_tokens": len(done.token_ids)},
+        "prefill_instance": done.timeline.prefill_instance,
+        "decode_instance": done.timeline.decode_instance,
+        "timeline": timeline,
+    }
+
+
+async def _print_stream(client: AsyncClient, options: dict[str, Any]) -> None:
+    async for event in client.generate(**options):
+        match event:
+            case Delta() | Finished():
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+            case Accepted():
+                pass
+    sys.stdout.write("\n")

@@ -1,0 +1,154 @@
+"""One orchestrator and the workers it starts, from a cluster file to a running endpoint and back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Self
+
+from configs.model_card import card_of
+from configs.schema.cluster import ClusterConfig
+from orchestrator.cli.model_source import resolve_model
+from orchestrator.ingress.model import ServedModel, load_served_model
+from orchestrator.ingress.parts import IngressSettings
+from orchestrator.ingress.server import IngressServer
+from orchestrator.runtime.fleet import Fleet
+from orchestrator.runtime.launcher import Launcher
+from orchestrator.runtime.loop import CoreLoop, settings_of
+from orchestrator.runtime.run_dir import RunDir
+from orchestrator.store.client import Store
+from orchestrator.store.embedded import EmbeddedValkey
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+MakeLauncher = Callable[[ClusterConfig, RunDir], Launcher]
+
+
+def autan_version() -> str:
+    """The version of the installed distribution."""
+    try:
+        return version("autan")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+class LocalCluster:
+    """The parts of `autan up`, started in order and stopped in reverse.
+
+    `async with` starts it and ends everything that it started, also when starting fails half way. `stop_requested` is set when an
+    operator asks through the API; the owner of this object then calls `drain` and leaves the context.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        make_launcher: MakeLauncher,
+        *,
+        home: Path | None = None,
+        progress: Progress = lambda text: None,
+        failpoints: dict[str, dict[str, str]] | None = None,
+    ) -> None:
+        self.config = config
+        self.run_dir = RunDir(config.name, home)
+        self.stop_requested = asyncio.Event()
+        self.stop_grace_s = config.timing.drain_s
+        self._make_launcher = make_launcher
+        self._progress = progress
+        self._failpoints = failpoints or {}
+        self._stack = AsyncExitStack()
+        self.model_dir: Path | None = None
+        self.store_url = ""
+        self.embedded: EmbeddedValkey | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients connect."""
+        return self.ingress.address
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def drain(self, grace_s: float) -> bool:
+        """Takes no new requests and waits for the accepted ones; False when some are still running after `grace_s`."""
+        await self.ingress.drain()
+        return await self.ingress.wait_idle(grace_s)
+
+    async def _start(self) -> None:
+        config = self.config
+        self.run_dir.acquire()
+        self._stack.callback(self.run_dir.release)
+        self._progress("model")
+        self.model_dir = await resolve_model(config.model, self._progress)
+        card = card_of(config.model, self.model_dir)
+        await self._start_store()
+        self.store = await Store.connect(self.store_url, config.name, config.store.timeout_s, config.timing.retain_s)
+        self._stack.push_async_callback(self.store.close)
+        self._progress("launcher")
+        self.launcher = self._make_launcher(config, self.run_dir)
+        self._stack.push_async_callback(self.launcher.close)
+        await self._start_ingress(load_served_model(config.model.name, card, self.model_dir))
+        self.core = CoreLoop(self.store, settings_of(config), f"core-{secrets.token_hex(4)}")
+        core = asyncio.create_task(self.core.run(), name="core")
+        core.add_done_callback(self._core_ended)
+        self._stack.push_async_callback(_cancelled, core)
+        self.fleet = Fleet(
+            config, self.launcher, self.store, store_url=self.store_url, model_dir=self.model_dir, failpoints=self._failpoints
+        )
+        await self.fleet.start(self._progress)
+        self.run_dir.publish(self.endpoint, autan_version())
+
+    async def _start_store(self) -> None:
+        if self.config.store.url is not None:
+            self.store_url = self.config.store.url
+            return
+        self._progress("store")
+        self.embedded = EmbeddedValkey(self.run_dir.store, self.config.store)
+        await self._stack.enter_async_context(self.embedded)
+        self.store_url = self.embedded.url
+
+    async def _start_ingress(self, model: ServedModel) -> None:
+        config = self.config
+        settings = IngressSettings(
+            config=config.ingress,
+            version=autan_version(),
+            lease_s=config.timing.lease_s,
+            request_timeout_s=config.timing.request_timeout_s,
+            max_queued=config.scheduling.max_queued,
+        )
+        self.ingress = IngressServer(
+            settings=settings,
+            network=config.network,
+            store=self.store,
+            model=model,
+            on_shutdown=self._ask_to_stop,
+        )
+        await self.ingress.start()
+        self._stack.push_async_callback(self.ingress.stop)
+
+    def _ask_to_stop(self, grace_s: float) -> None:
+        self.stop_grace_s = grace_s
+        self.stop_requested.set()
+
+    def _core_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("the core ended unexpectedly", exc_info=task.exception())
+            self._ask_to_stop(0.0)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,95 @@
+"""`autan status`: every instance with its role, epoch and KV blocks, and the totals of the cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+
+from orchestrator.cli.connect import Cluster, Json, Timeout, with_client
+from orchestrator.cli.output import print_json, print_table, stdout
+from protos.wire import admin, common
+
+
+def role_name(role: int) -> str:
+    """ROLE_PREFILL as `prefill`."""
+    return common.Role.Name(role).removeprefix("ROLE_").lower()
+
+
+def state_name(state: int) -> str:
+    """INSTANCE_STATE_READY as `READY`."""
+    return common.InstanceState.Name(state).removeprefix("INSTANCE_STATE_")
+
+
+def instance_json(one: admin.InstanceStatus) -> dict[str, Any]:
+    """One instance as `--json` prints it. `kv_blocks.used` counts blocks that a request or a transfer refers to."""
+    return {
+        "instance_id": one.instance_id,
+        "role": role_name(one.role),
+        "state": state_name(one.state),
+        "epoch": one.epoch,
+        "address": one.address,
+        "node": one.node,
+        "ranks": one.card.ranks,
+        "heartbeat_age_s": round(one.heartbeat_age_s, 3),
+        "assigned_requests": one.assigned_requests,
+        "kv_blocks": {
+            "total": one.stats.total_blocks,
+            "used": one.stats.used_blocks,
+            "free": one.stats.free_blocks,
+            "cached": one.stats.cached_blocks,
+            "reserved": one.reserved_blocks,
+            "leaked": one.stats.leaked_blocks,
+        },
+        "counters": counters(one.stats),
+    }
+
+
+def counters(stats: common.InstanceStats) -> dict[str, int]:
+    """Everything that a worker reports, by field name."""
+    return {field.name: int(getattr(stats, field.name)) for field in stats.DESCRIPTOR.fields}
+
+
+def status_json(reply: admin.StatusReply) -> dict[str, Any]:
+    """The whole status as `--json` prints it."""
+    return {
+        "cluster": reply.cluster,
+        "version": reply.version,
+        "store_reachable": reply.store_reachable,
+        "leader": reply.leader,
+        "leader_epoch": reply.leader_epoch,
+        "requests": {
+            "queued": reply.queued,
+            "running": reply.running,
+            "finished": reply.finished,
+            "failed": reply.failed,
+            "cancelled": reply.cancelled,
+        },
+        "instances": [instance_json(one) for one in reply.instances],
+        "ingress": {name: int(value) for name, value in MessageToDict(reply).get("counters", {}).items()},
+    }
+
+
+def status(cluster: Cluster = None, timeout: Timeout = 10.0, as_json: Json = False) -> None:
+    """Show instances, KV blocks and request totals."""
+    reply = with_client(lambda client: client.status(), cluster, timeout)
+    if as_json:
+        print_json(status_json(reply))
+        return
+    store = "" if reply.store_reachable else "   STORE UNREACHABLE"
+    stdout.print(f"cluster {reply.cluster}   leader {reply.leader or '-'} (epoch {reply.leader_epoch}){store}", markup=False)
+    stdout.print(
+        f"requests: {reply.queued} queued, {reply.running} running, {reply.finished} finished, "
+        f"{reply.failed} failed, {reply.cancelled} cancelled"
+    )
+    print_table(
+        ("instance", "role", "state", "epoch", "KV used", "free", "cached", "total", "requests", "beat", "address"),
+        [
+            (
+                one.instance_id, role_name(one.role), state_name(one.state), one.epoch, one.stats.used_blocks,
+                one.stats.free_blocks, one.stats.cached_blocks, one.stats.total_blocks, one.assigned_requests,
+                f"{one.heartbeat_age_s:.1f} s", one.address,
+            )
+            for one in reply.instances
+        ],
+    )  # fmt: skip
