@@ -147,6 +147,37 @@ class HandOffContract:
             assert outputs[request.request_id].tokens == expected(request.prompt, request.sampling)
         assert_empty(target)
 
+    def test_imports_leave_room_for_preempted_sequences(self, make_engine: EngineFactory, expected: Expected) -> None:
+        engine = make_engine(replace(SHAPE, num_blocks=4, prefix_cache=False))
+        sampling = replace(SAMPLING, max_tokens=20)
+        requests = [a_request(f"r{i}", a_prompt(engine, 8, i), sampling=sampling) for i in range(2)]
+        outputs = run(engine, requests, steps=1)
+        while not engine.stats().preemptions:
+            outputs.take(engine.step())
+        assert engine.stats().free_blocks == 1
+        with pytest.raises(OutOfBlocks):
+            engine.import_begin(to_hand_off(engine, 8), 8)
+        for request_id, output in run(engine).items():
+            outputs[request_id].tokens += output.tokens
+        for request in requests:
+            assert outputs[request.request_id].tokens == expected(request.prompt, sampling)
+        engine.import_begin(to_hand_off(engine, 8), 8)
+        engine.import_abort("r", 1)
+        assert_empty(engine)
+
+    def test_imports_may_be_committed_in_any_order(self, make_engine: EngineFactory, expected: Expected) -> None:
+        source, target = make_engine(SHAPE), make_engine(SHAPE)
+        requests = [to_hand_off(source, 9, request_id=f"r{i}", prompt=a_prompt(source, 9, i)) for i in range(3)]
+        firsts = [prefill(source, request).tokens for request in requests]
+        tickets = [target.import_begin(request, 9) for request in requests]
+        for index in (2, 0, 1):
+            copy_blocks(source, source.pin(f"r{index}", 1), target, tickets[index])
+            target.import_commit(f"r{index}", 1, tuple(firsts[index]))
+            target.check_integrity()
+        rest = run(target)
+        for request, first in zip(requests, firsts, strict=True):
+            assert first + rest[request.request_id].tokens == expected(request.prompt, SAMPLING)
+
     def test_an_import_does_nothing_before_its_commit(self, make_engine: EngineFactory) -> None:
         source, target = make_engine(SHAPE), make_engine(SHAPE)
         request = to_hand_off(source, 20)

@@ -59,7 +59,7 @@ class Sequence:
         self.tokens: list[int] = [*request.prompt, *request.output]
         self.num_prompt = len(request.prompt)
         self.num_computed = 0
-        self.num_filed = 0  # leading blocks that were offered to the prefix cache
+        self.num_filed = 0  # leading blocks that came from the prefix cache or were offered to it
         self.cached_tokens = 0
         self.chunks = 0
         self.preempted = False
@@ -108,7 +108,6 @@ class Sequence:
         blocks, self.blocks = self.blocks, []
         self._table = ()
         self.num_computed = 0
-        self.num_filed = 0
         return blocks
 
     def append(self, token_id: int, context_tokens: int) -> FinishReason | None:

@@ -113,8 +113,16 @@ def test_idle_hits_cost_what_they_take_from_the_pool() -> None:
     assert chunks(todo) == [("w", 12)], "hits that are in use cost nothing"
 
 
+def test_idle_hits_of_two_sequences_come_back_once() -> None:
+    queue = [waiting("a", 0, 12), waiting("b", 1, 12)]
+    for available, admitted in [(3, 1), (4, 1), (5, 2)]:  # 2 hits + 1 block for a, 1 block for b, 1 spare
+        todo = make_plan(queue, [], available=available, hits=[1, 2])
+        assert len(todo.admit) == admitted
+
+
 def test_a_decode_without_a_block_preempts_the_youngest() -> None:
-    old, middle, young = decoding("old", 0, 5, [0]), decoding("middle", 1, 3, [1]), decoding("young", 2, 3, [2])
+    old, middle = decoding("old", 0, 5, [0]), decoding("middle", 1, 3, [1])
+    young = decoding("young", 2, 15, [2, 3, 4, 5])
     todo = make_plan([waiting("w", 3, 1)], [old, middle, young], available=0)
     assert names(todo.preempt) == ["young"]
     assert names(todo.grow) == ["old"]

@@ -56,9 +56,10 @@ def test_the_table_follows_the_blocks() -> None:
     sequence.blocks.append(2)
     assert list(sequence.table) == [3, 1, 2]
     assert sequence.take_blocks() == [3, 1, 2]
-    assert not sequence.table
     sequence.blocks = [9, 8, 7]
-    assert list(sequence.table) == [9, 8, 7]
+    assert list(sequence.table) == [9, 8, 7], "as long as the old one, but another"
+    sequence.take_blocks()
+    assert not sequence.table
 
 
 def test_ends() -> None:
