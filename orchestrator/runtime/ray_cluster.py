@@ -11,9 +11,10 @@ import math
 import os
 import secrets
 import socket
+import sys
 from typing import Any
 
-from configs.env import set_for_libraries
+from configs.env import child_environment, set_for_libraries
 from configs.schema.cluster import ClusterConfig, LauncherConfig
 from configs.schema.pools import PoolConfig
 from protos.contract.errors import ClusterUnreachable, ConfigError
@@ -37,6 +38,11 @@ def connect_ray(cluster: ClusterConfig) -> None:
     defaults = {"RAY_AUTH_MODE": "token", "RAY_DEDUP_LOGS": "0"}
     if config.address is None:
         defaults |= {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    else:
+        defaults |= {"RAY_NUM_REDIS_GET_RETRIES": "2"}  # a second each, before a refused token is reported
+    assert "ray" not in sys.modules or "RAY_AUTH_MODE" in child_environment(), (
+        "Ray reads its authentication mode when it is imported"
+    )
     set_for_libraries(defaults)
     import ray
 

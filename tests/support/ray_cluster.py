@@ -119,20 +119,19 @@ def _is_marked(process: psutil.Process, mark: str) -> bool:
 
 @contextmanager
 def ray_nodes() -> Iterator[RayNodes]:
-    """A cluster without nodes; everything is gone afterwards, the driver's connection included."""
-    marks = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), MARK: secrets.token_hex(8)}
-    before = {name: os.environ.get(name) for name in marks}
-    os.environ.update(marks)
+    """A cluster without nodes; everything is gone afterwards, the driver's connection included.
+
+    Ray reads mode and token once for a process, on import: they stay set, and are the same for every cluster of the run.
+    """
+    for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
+        os.environ.setdefault(name, value)
+    os.environ[MARK] = secrets.token_hex(8)
     import ray
 
-    nodes = RayNodes(marks[MARK])
+    nodes = RayNodes(os.environ[MARK])
     try:
         yield nodes
     finally:
         ray.shutdown()
         nodes.close()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        del os.environ[MARK]

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from configs.worker_spec import WorkerSpec
 
 
@@ -21,6 +19,8 @@ class StandInWorker:
 
     def info(self) -> dict[str, Any]:
         """Who and where."""
+        import ray
+
         return {
             "pid": os.getpid(),
             "address": f"{ray.util.get_node_ip_address()}:1234",
