@@ -1,4 +1,4 @@
-"""The worker as a Ray actor. Plain classes: the launcher turns them into actors, so this module does not import Ray.
+"""The worker as a Ray actor. Plain classes: the launcher turns them into actors, and Ray is imported inside one only.
 
     handle = ray.remote(PrefillWorker).options(name=..., max_restarts=-1, ...).remote(spec.model_dump_json())
 
@@ -24,12 +24,21 @@ logger = logging.getLogger(__name__)
 _STOP_MARGIN_S = 10.0
 
 
+def on_this_node(spec: WorkerSpec) -> WorkerSpec:
+    """The spec with the address that Ray gives this node, where the worker is to bind it: an actor may restart elsewhere."""
+    if spec.network.bind != "node" or spec.node_address is not None:
+        return spec
+    import ray
+
+    return spec.model_copy(update={"node_address": ray.util.get_node_ip_address()})
+
+
 class WorkerActor:
     """One rank of one instance."""
 
     def __init__(self, spec_json: str) -> None:
         """Starts the worker and returns at once; `info` tells how far it is. Raises ValidationError for a bad spec."""
-        self._spec = WorkerSpec.model_validate_json(spec_json)
+        self._spec = on_this_node(WorkerSpec.model_validate_json(spec_json))
         configure_logging(self._spec.instance_id, self._spec.rank)
         prefer_short_turns()
         self._host: WorkerHost | None = None
