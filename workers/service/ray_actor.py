@@ -30,7 +30,8 @@ def on_this_node(spec: WorkerSpec) -> WorkerSpec:
         return spec
     import ray
 
-    return spec.model_copy(update={"node_address": ray.util.get_node_ip_address()})
+    address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return spec.model_copy(update={"node_address": address})
 
 
 class WorkerActor:
