@@ -9,6 +9,7 @@ from tests.support.store import RawStore
 
 LIVE = {"QUEUED", "ASSIGNED", "PREFILLING", "DECODING"}
 PLACED = LIVE - {"QUEUED"}
+HELD = {"PREFILLING", "DECODING"}
 LOAD = ("p_requests", "p_tokens", "p_blocks", "d_requests", "d_blocks")
 
 

@@ -3,7 +3,7 @@
 -- Reply OK, now_ms, k, k x (id, state: QUEUED, DEAD or EXPIRED), m, m x (instance that became LOST) | NOT_LEADER
 -- Promise: at most `limit` requests change per call, the rest in the next ones. A request that was held (PREFILLING or
 -- DECODING) by what ended counts an attempt; the max_attempts-th makes it DEAD. A request that only waited there
--- does not.
+-- does not, unless its holder ended as well.
 -- Whoever calls it has to wait after the store was away: its clock went on while nobody could renew.
 local function reap_instances(c, lost_ms, lost)
   for _, instance in ipairs(redis.call('SMEMBERS', k(c, 'instances'))) do
@@ -57,7 +57,7 @@ local function autan_reap(keys, args)
     local parts = k_parts(c, instance, incarnation)
     for _, id in ipairs(left > 0 and redis.call('SRANDMEMBER', parts, left) or {}) do
       local r = load_request(c, id)
-      give_up(r, HELD[r.state] and r.holder == instance and r.holder_inc == incarnation)
+      give_up(r, HELD[r.state] and not is_current(c, r.holder, r.holder_inc))
     end
     if redis.call('EXISTS', parts) == 0 then redis.call('SREM', k(c, 'sweep'), ended) end
   end

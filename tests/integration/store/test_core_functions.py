@@ -314,3 +314,15 @@ def test_requests_lists_live_ones_oldest_first(world: World) -> None:
     assert old[:8] == ["old", "acme", "DECODING", "1", "10", 1, "p", "d"]
     assert new[:8] == ["new", "acme", "QUEUED", "0", "10", 0, "", ""]
     assert world.call(Fn.REQUESTS, 1)[2:4] == [1, "old"]
+
+
+def test_the_death_of_the_holder_counts_whoever_else_died(world: World) -> None:
+    for name in ("p", "d"):
+        world.instance(name)
+    ids = [f"r{i}" for i in range(8)]
+    for id in ids:
+        world.prefilling(id)
+    for name in ("d", "p"):
+        world.silence(name)
+    assert world.reap(lost_ms=1000)[0] == dict.fromkeys(ids, "QUEUED")
+    assert {entry[9] for entry in requests(world)} == {"1"}
