@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 from weakref import WeakValueDictionary
 
-from protos.contract.errors import AutanError, BadFrame, FenceError, HandoffTimeout, InternalError, StaleEpoch
+from protos.contract.errors import AutanError, BadFrame, FenceError, HandoffTimeout, InternalError, PeerUnavailable, StaleEpoch
 from protos.wire import common, error_to_wire, fingerprint_key, kv
 from workers.kv_transfer.claims import Addressee, Expectation, check_addressee, check_end, check_expected
 from workers.kv_transfer.counters import TransferCounters
@@ -74,7 +74,10 @@ class Receiver:
             raise
 
     async def push(self, frames: AsyncIterator[kv.PushFrame]) -> AsyncIterator[kv.PushReply]:
-        """Takes frames until the end frame. The last reply is the commit or the refusal; a refused transfer keeps nothing."""
+        """Takes frames until the end frame. The last reply is the commit or the refusal.
+
+        A refused transfer keeps nothing, unless its stream just ended: then it can be opened again until it times out.
+        """
         transfer: Transfer | None = None
         stream = 0
         try:
@@ -92,6 +95,9 @@ class Receiver:
                     if credit:
                         yield kv.PushReply(credit_bytes=credit)
                 frame = await self._next(transfer, stream, frames)
+        except PeerUnavailable as error:
+            # A connection that breaks may look like an end of the stream: the transfer waits for another open.
+            yield kv.PushReply(refused=error_to_wire(error))
         except AutanError as error:
             self._counters.stale_refused += isinstance(error, FenceError)
             if transfer is not None and transfer.stream == stream:
@@ -220,7 +226,7 @@ class Receiver:
                 transfer.waiting = waiting
                 return await anext(frames)
         except StopAsyncIteration:
-            raise BadFrame(f"{transfer.request_id}: the stream ended before the end frame") from None
+            raise PeerUnavailable(f"{transfer.request_id}: the stream ended before the end frame") from None
         except TimeoutError:
             raise transfer.ended_by or StaleEpoch(f"{transfer.request_id}: another stream took over") from None
         finally:

@@ -1,0 +1,164 @@
+"""Frames that change, vanish, repeat or trade places, and replies that get lost: right tokens or a clear end, no leak."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from protos.wire import kv
+from tests.support.kv_wire import FaultyWire, Mutate, flip, put_wire
+from tests.support.store import FreshStore
+from tests.support.worker_world import WorkerWorld, prompt, until, worker_world
+
+
+def with_wire(fresh: FreshStore, scenario: Callable[[WorkerWorld, FaultyWire], Awaitable[None]]) -> None:
+    """A prefill and a decode worker with a faulty wire between them."""
+
+    async def run() -> None:
+        async with worker_world(fresh) as world:
+            await world.start_worker("prefill-0", "prefill")
+            await world.start_worker("decode-0", "decode")
+            wire = await put_wire(world, "decode-0")
+            try:
+                await scenario(world, wire)
+            finally:
+                await wire.stop()
+
+    asyncio.run(run())
+
+
+async def send(world: WorkerWorld, tokens: int = 200) -> str:
+    request = await world.submit(prompt(tokens), 12)
+    await world.assign(request, "prefill-0", "decode-0")
+    return request
+
+
+def once(nth: int, change: Callable[[kv.PushFrame], list[kv.PushFrame] | None]) -> Mutate:
+    return lambda n, frame: change(frame) if n == nth else [frame]
+
+
+@pytest.mark.parametrize("nth", [0, 5, 12])
+def test_a_flipped_bit_is_sent_again_from_the_source(fresh_store: FreshStore, nth: int) -> None:
+    async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
+        wire.mutate = once(nth, lambda frame: [flip(frame)])
+        got = await world.answered(await send(world))
+        assert wire.opens == 2 and got.timelines[-1].attempts == 0
+        await world.clean()
+
+    with_wire(fresh_store, scenario)
+
+
+def test_a_wire_that_always_flips_ends_in_another_prefill(fresh_store: FreshStore) -> None:
+    async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
+        wire.mutate = lambda n, frame: [flip(frame)] if frame.WhichOneof("body") == "data" else [frame]
+        request = await send(world)
+        await world.ended(request, "QUEUED")
+        assert wire.opens == 2, "one retry from the source, no more"
+        await world.clean()
+        assert world.hosts["prefill-0"].parts.counters.handoffs_failed == 1
+        wire.mutate = lambda n, frame: [frame]
+        await world.assign(request, "prefill-0", "decode-0")
+        await world.answered(request)
+        await world.clean()
+
+    with_wire(fresh_store, scenario)
+
+
+def test_blocks_that_trade_places_never_decode(fresh_store: FreshStore) -> None:
+    async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
+        held: list[kv.PushFrame] = []
+
+        def swap(n: int, frame: kv.PushFrame) -> list[kv.PushFrame]:
+            """Payload and digest of the second block travel as those of the third and the other way round."""
+            if frame.WhichOneof("body") != "data" or frame.data.block_index not in (1, 2) or len(held) > 1:
+                return [frame]
+            held.append(frame)
+            if len(held) == 1:
+                return []
+            first, second = held
+            first.data.payload, second.data.payload = second.data.payload, first.data.payload
+            first.data.digest, second.data.digest = second.data.digest, first.data.digest
+            return [first, second]
+
+        wire.mutate = swap
+        await world.answered(await send(world))
+        assert len(held) == 2 and wire.opens == 2
+        await world.clean()
+
+    with_wire(fresh_store, scenario)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda frame: [], id="lost"),
+        pytest.param(lambda frame: [frame, frame], id="twice"),
+        pytest.param(lambda frame: [kv.PushFrame(transfer_id=frame.transfer_id, epoch=frame.epoch + 1)], id="epoch"),
+        pytest.param(lambda frame: [kv.PushFrame(transfer_id="f" * 32, epoch=frame.epoch, data=frame.data)], id="transfer"),
+    ],
+)
+def test_a_frame_out_of_place_ends_the_hand_off(
+    fresh_store: FreshStore, change: Callable[[kv.PushFrame], list[kv.PushFrame]]
+) -> None:
+    async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
+        wire.mutate = once(4, change)
+        request = await send(world)
+        await world.ended(request, "QUEUED")
+        await world.clean()
+        await world.assign(request, "prefill-0", "decode-0")
+        await world.answered(request)
+        await world.clean()
+
+    with_wire(fresh_store, scenario)
+
+
+@pytest.mark.parametrize("nth", [0, 7, 13])
+def test_a_cut_stream_goes_on_where_it_was(fresh_store: FreshStore, nth: int) -> None:
+    async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
+        received = world.hosts["decode-0"].parts.counters
+        wire.mutate = once(nth, lambda frame: None)
+        wire.before_cut = lambda: until(lambda: received.kv_blocks_received == min(nth, 13), "the rest is there")
+        await world.answered(await send(world))
+        assert (wire.cuts, wire.opens, wire.streams) == (1, 2, 2)
+        # 13 blocks of one frame each and the end: what was verified before the cut did not travel again.
+        assert wire.frames == 14 + 1
+        await world.clean()
+
+    with_wire(fresh_store, scenario)
+
+
+def test_a_wire_that_cuts_twice_ends_the_hand_off(fresh_store: FreshStore) -> None:
+    async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
+        wire.mutate = lambda n, frame: None if n in (3, 6) else [frame]
+        request = await send(world)
+        await world.ended(request, "QUEUED")
+        assert wire.cuts == 2
+        await world.clean()
+
+    with_wire(fresh_store, scenario)
+
+
+def test_a_lost_commit_reply_is_looked_up(fresh_store: FreshStore) -> None:
+    async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
+        wire.drop_replies = 1
+        got = await world.answered(await send(world))
+        assert (wire.cuts, wire.opens) == (1, 1), "Redis knew the answer: nothing was sent again"
+        assert got.timelines[-1].attempts == 0
+        await world.clean()
+        counters = world.hosts["prefill-0"].parts.counters
+        assert (counters.handoffs_committed, counters.handoffs_failed) == (1, 0)
+
+    with_wire(fresh_store, scenario)
+
+
+def test_a_stream_that_ends_without_its_end_frame_is_not_committed(fresh_store: FreshStore) -> None:
+    async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
+        wire.mutate = lambda n, frame: [] if frame.WhichOneof("body") == "end" else [frame]
+        request = await send(world)
+        await world.ended(request, "QUEUED")
+        assert world.hosts["decode-0"].engine.stats().decode_tokens == 0
+        await world.clean()
+
+    with_wire(fresh_store, scenario)

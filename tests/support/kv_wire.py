@@ -1,0 +1,131 @@
+"""A faulty wire between two workers: a KvTransfer service that passes everything on to the real one, but for its faults."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc.aio
+
+from protos.contract.redis_names import base_key
+from protos.rpc import GuardInterceptor, error_of, kv_pb2_grpc, open_channel, server_options
+from protos.wire import kv
+from tests.support.worker_world import WorkerWorld
+
+Mutate = Callable[[int, kv.PushFrame], list[kv.PushFrame] | None]
+
+
+class FaultyWire(kv_pb2_grpc.KvTransferServicer):
+    """`mutate(n, frame)` sees the n-th frame of all streams, counted from 0: it gives the frames to pass on, none to cut
+    the stream there. `drop_replies` swallows the receiver's commit and cuts the stream instead, that many times.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._channel = open_channel(target)
+        self._stub: Any = kv_pb2_grpc.KvTransferStub(self._channel)
+        self._server: Any = None
+        self.address = ""
+        self.mutate: Mutate = lambda n, frame: [frame]
+        self.before_cut: Callable[[], Awaitable[None]] | None = None
+        self.closed = False  # nobody can open
+        self.drop_replies = 0
+        self.frames = 0
+        self.opens = 0
+        self.streams = 0
+        self.closes = 0
+        self.cuts = 0
+
+    async def start(self) -> None:
+        """Serves on a port of its own."""
+        self._server = grpc.aio.server(interceptors=[GuardInterceptor()], options=server_options())
+        kv_pb2_grpc.add_KvTransferServicer_to_server(self, self._server)
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Cuts everything."""
+        await self._server.stop(0)
+        await self._channel.close()
+
+    async def Open(self, request: kv.OpenRequest, context: Any) -> kv.OpenReply:
+        if self.closed:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the wire is down")
+        self.opens += 1
+        try:
+            reply: kv.OpenReply = await self._stub.Open(request, timeout=10)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        return reply
+
+    async def Close(self, request: kv.CloseRequest, context: Any) -> kv.CloseReply:
+        self.closes += 1
+        reply: kv.CloseReply = await self._stub.Close(request, timeout=10)
+        return reply
+
+    async def Push(self, request_iterator: AsyncIterator[kv.PushFrame], context: Any) -> AsyncIterator[kv.PushReply]:
+        self.streams += 1
+        call = self._stub.Push()
+        cut = asyncio.Event()
+        feeder = asyncio.create_task(self._feed(request_iterator, call, cut))
+        try:
+            while True:
+                reading = asyncio.ensure_future(call.read())
+                cutting = asyncio.ensure_future(cut.wait())
+                await asyncio.wait({reading, cutting}, return_when=asyncio.FIRST_COMPLETED)
+                cutting.cancel()
+                if cut.is_set():
+                    reading.cancel()
+                    await self._cut(context)
+                reply = await reading
+                if reply is grpc.aio.EOF:
+                    return
+                if reply.WhichOneof("outcome") and self.drop_replies:
+                    self.drop_replies -= 1
+                    await self._cut(context)
+                yield reply
+        finally:
+            feeder.cancel()
+            call.cancel()
+            await asyncio.gather(feeder, return_exceptions=True)
+
+    async def _feed(self, frames: AsyncIterator[kv.PushFrame], call: Any, cut: asyncio.Event) -> None:
+        async for frame in frames:
+            changed = self.mutate(self.frames, frame)
+            self.frames += 1
+            if changed is None:
+                if self.before_cut is not None:
+                    await self.before_cut()
+                cut.set()
+                return
+            for one in changed:
+                await call.write(one)
+        await call.done_writing()
+
+    async def _cut(self, context: Any) -> None:
+        self.cuts += 1
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the wire is cut")
+
+
+async def put_wire(world: WorkerWorld, instance_id: str) -> FaultyWire:
+    """From now on whoever is told to hand over to this instance reaches it through the wire. Stop it at the end."""
+    wire = FaultyWire(world.hosts[instance_id].address)
+    await wire.start()
+    key = f"{base_key(world.fresh.cluster)}:i:{instance_id}"
+    raw = world.fresh.raw()
+    try:
+        raw.redis.hset(key, "addr", wire.address)
+    finally:
+        raw.close()
+    return wire
+
+
+def flip(frame: kv.PushFrame) -> kv.PushFrame:
+    """The frame with one bit of its payload changed."""
+    changed = kv.PushFrame()
+    changed.CopyFrom(frame)
+    payload = bytearray(changed.data.payload)
+    payload[len(payload) // 2] ^= 1
+    changed.data.payload = bytes(payload)
+    return changed
