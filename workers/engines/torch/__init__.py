@@ -2,3 +2,11 @@
 
 `build.create_engine` is the way in. torch is imported inside this package only.
 """
+
+from __future__ import annotations
+
+from configs.env import set_for_libraries
+
+# Threads that spin while they wait for work slow each other down several times over when two engines share the cores.
+# OpenMP reads this when torch is first imported.
+set_for_libraries({"OMP_WAIT_POLICY": "PASSIVE"})

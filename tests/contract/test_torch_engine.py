@@ -1,0 +1,75 @@
+"""The torch engine keeps the contract, for both shapes, with the slow twin as the source of the right tokens."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.contract.driver import EngineFactory, EngineShape, Expected
+from tests.contract.engine_contract import EngineContract
+from tests.contract.engine_handoff_contract import HandOffContract
+from tests.support.torch_models import an_engine, tensors_of
+from workers.engine_api.protocol import Engine
+from workers.engine_api.types import SamplingParams
+from workers.engines.torch.config import read_config
+from workers.engines.torch.reference import reference_logits
+from workers.engines.torch.sampler import draw
+from workers.engines.torch.tiny import write_tiny
+
+DIMS = {
+    "llama": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "mistral-small-4": {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=sorted(DIMS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny") / "model"
+    return write_tiny(request.param, out, 21, max_position_embeddings=512, **DIMS[request.param])
+
+
+@pytest.fixture
+def make_engine(folder: Path) -> EngineFactory:
+    def make(shape: EngineShape) -> Engine:
+        fields = {name: getattr(shape, name) for name in EngineShape.__dataclass_fields__}
+        return an_engine(folder, **fields)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Expected:
+    config, tensors = read_config(folder), tensors_of(folder)
+
+    @cache
+    def logits_after(tokens: tuple[int, ...]) -> torch.Tensor:
+        return reference_logits(config, tensors, tokens)[-1]
+
+    def tokens(prompt: tuple[int, ...], sampling: SamplingParams) -> list[int]:
+        output: list[int] = []
+        while len(output) < sampling.max_tokens:
+            token = draw(logits_after((*prompt, *output)).numpy(), sampling, len(output))
+            output.append(token)
+            if token in sampling.stop_token_ids:
+                break
+        return output
+
+    return tokens
+
+
+class TestTorchEngine(EngineContract):
+    pass
+
+
+class TestTorchHandOff(HandOffContract):
+    pass
