@@ -11,7 +11,9 @@ from orchestrator.cli.output import print_json, stdout
 
 app = typer.Typer(help="Check a cluster file, or show it with every default filled in.", no_args_is_help=True)
 
-File = Annotated[str, typer.Argument(metavar="FILE", help="Path of a cluster file, or the name of a preset (laptop, oracle, ...).")]
+File = Annotated[
+    str, typer.Argument(metavar="FILE", help="Path of a cluster file, or the name of a preset (laptop, oracle, ...).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

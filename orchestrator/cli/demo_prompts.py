@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_AVERAGE = '''Mend this Python function. It must not crash on an empty list.
+_AVERAGE = """Mend this Python function. It must not crash on an empty list.
 
 def average(numbers):
     total = 0
     for n in numbers:
         total += n
     return total / len(numbers) + 1
-'''
+"""
 
 _EMAIL = """Rewrite this e-mail so that it is polite:
 
@@ -48,7 +48,9 @@ def demo_prompts(max_tokens: int) -> list[DemoPrompt]:
         DemoPrompt("rewrite", _EMAIL, max_tokens),
         DemoPrompt(
             "long",
-            "Here is the log of one working day:\n\n" + incident_log(72) + "\n\nWhich kinds of things does this log talk about?",
+            "Here is the log of one working day:\n\n"
+            + incident_log(72)
+            + "\n\nWhich kinds of things does this log talk about?",
             max_tokens,
         ),
     ]

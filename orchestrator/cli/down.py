@@ -27,7 +27,9 @@ def down(
     name = cluster or next(iter(running), None)
     pid = running.get(name or "")
     if pid is not None and not _is_gone_within(name or "", grace + _STOP_MARGIN_S):
-        raise UnavailableError(f"cluster {name} (process {pid}) has not ended {grace + _STOP_MARGIN_S:.0f} s after it was asked to")
+        raise UnavailableError(
+            f"cluster {name} (process {pid}) has not ended {grace + _STOP_MARGIN_S:.0f} s after it was asked to"
+        )
     if as_json:
         print_json({"cluster": name, "stopped": True})
     else:
@@ -41,5 +43,3 @@ def _is_gone_within(name: str, timeout_s: float) -> bool:
             return True
         time.sleep(0.1)
     return False
-
-

@@ -41,8 +41,8 @@ def autan_version() -> str:
 class LocalCluster:
     """The parts of `autan up`, started in order and stopped in reverse.
 
-    `async with` starts it and ends everything that it started, also when starting fails half way. `stop_requested` is set when an
-    operator asks through the API; the owner of this object then calls `drain` and leaves the context.
+    `async with` starts it and ends everything that it started, also when starting fails half way. `stop_requested` is set when
+    an operator asks through the API; the owner of this object then calls `drain` and leaves the context.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class LocalCluster:
         config = self.config
         self.run_dir.acquire()
         self._stack.callback(self.run_dir.release)
-        self._progress("model")
+        self._progress(f"model: {config.model.name} ({config.model.source})")
         self.model_dir = await resolve_model(config.model, self._progress)
-        card = card_of(config.model, self.model_dir)
+        card = self.card = card_of(config.model, self.model_dir)
         await self._start_store()
         self.store = await Store.connect(self.store_url, config.name, config.store.timeout_s, config.timing.retain_s)
         self._stack.push_async_callback(self.store.close)
-        self._progress("launcher")
+        self._progress(f"workers: {config.launcher.kind}")
         self.launcher = self._make_launcher(config, self.run_dir)
         self._stack.push_async_callback(self.launcher.close)
         await self._start_ingress(load_served_model(config.model.name, card, self.model_dir))
@@ -115,7 +115,7 @@ class LocalCluster:
         if self.config.store.url is not None:
             self.store_url = self.config.store.url
             return
-        self._progress("store")
+        self._progress(f"store: embedded, in {self.run_dir.store}")
         self.embedded = EmbeddedValkey(self.run_dir.store, self.config.store)
         await self._stack.enter_async_context(self.embedded)
         self.store_url = self.embedded.url

@@ -23,7 +23,11 @@ async def resolve_model(model: ModelConfig, progress: Callable[[str], None]) -> 
         return None
     if model.source == "demo":
         return await _import_demo(progress)
-    path = Path(model.source).expanduser().absolute()
+    return _folder(model.source)
+
+
+def _folder(source: str) -> Path:
+    path = Path(source).expanduser().absolute()
     if not path.is_dir():
         raise ModelError(f"model.source: {path}: no such folder; give the folder that holds config.json and the weights")
     return path
@@ -41,13 +45,15 @@ async def _import_demo(progress: Callable[[str], None]) -> Path:
         async for line in tool.stdout:
             event = json.loads(line)
             match event.get("event"):
-                case "progress":
-                    progress(f"importing the demo model: {event['stage']} {event['done']}/{event['total']}")
+                case "progress" if event["done"] == event["total"]:
+                    progress(f"importing the demo model: {event['stage']} done")
                 case "error":
                     error = error_from(event["reason"], event["message"])
                     failure = error if isinstance(error, ModelError) else ModelError(error.message)
                 case "done":
                     path = Path(event["path"])
+                case _:
+                    pass
         code = await tool.wait()
     finally:
         if tool.returncode is None:
@@ -56,5 +62,7 @@ async def _import_demo(progress: Callable[[str], None]) -> Path:
     if failure is not None:
         raise failure
     if path is None:
-        raise ModelError(f"the import of the demo model ended with code {code}; `autan model import` shows why, `oracle` works without")
+        raise ModelError(
+            f"the import of the demo model ended with code {code}; `autan model import` shows why, `oracle` works without"
+        )
     return path

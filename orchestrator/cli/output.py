@@ -35,12 +35,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
         table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
-    # Too narrow a terminal wraps lines; a cut cell would hide a value.
-    stdout.print(table, width=max(stdout.width, sum(_width(rows, columns, at) + 1 for at in range(len(columns)))))
+    # As wide as its cells, whatever the terminal: a cut cell would hide a value.
+    console = Console(file=stdout.file, width=max(stdout.width, _natural_width(columns, rows)))
+    console.print(table)
 
 
-def _width(rows: Sequence[Sequence[object]], columns: Sequence[str], at: int) -> int:
-    return max(len(columns[at]), *(len(str(row[at])) for row in rows), 0) + 1
+def _natural_width(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> int:
+    return sum(max(len(str(cell)) for cell in cells) + 2 for cells in zip(columns, *rows, strict=True))
 
 
 def fail(error: AutanError, as_json: bool = False) -> NoReturn:

@@ -118,11 +118,13 @@ def _announce(cluster: LocalCluster, as_json: bool) -> None:
         print_json({"cluster": cluster.config.name, "endpoint": cluster.endpoint, "instances": sorted(cluster.fleet.groups)})
     else:
         names = ", ".join(sorted(cluster.fleet.groups))
-        stdout.print(f"cluster {cluster.config.name} is up at {cluster.endpoint} ({names}); Ctrl-C drains and stops it", markup=False)
+        stdout.print(
+            f"cluster {cluster.config.name} is up at {cluster.endpoint} ({names}); Ctrl-C drains and stops it", markup=False
+        )
 
 
 def start_detached(arguments: list[str], config: ClusterConfig) -> None:
-    """Starts the same command in the background and returns when it is ready. Raises UnavailableError with the end of its output."""
+    """Starts the same command in the background; returns when it is ready. Raises UnavailableError with the end of its output."""
     run_dir = RunDir(config.name)
     run_dir.acquire()  # raises when it runs already; the child takes it over
     run_dir.release()
@@ -151,7 +153,9 @@ def _tail(path: Path) -> str:
 def up(
     file: Annotated[str, typer.Argument(metavar="[FILE]", help="Cluster file or preset name.")] = "laptop",
     model: Annotated[Path | None, typer.Option(help="Serve this checkpoint folder instead of the file's model.")] = None,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the cluster is ready; it goes on in the background.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return when the cluster is ready; it goes on in the background.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Start a cluster and serve until Ctrl-C, which drains it. Progress goes to stderr."""
