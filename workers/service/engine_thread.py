@@ -58,7 +58,8 @@ class EngineThread:
         self._unseen = threading.BoundedSemaphore(_MAX_UNSEEN_STEPS)
         self._handing_over: set[RequestKey] = set()  # touched on the engine's thread only
         self._busy_since_s: float | None = None
-        self._stopping = False
+        self._stopping = False  # no new commands
+        self._over = False  # all commands are done
         self._dead: BaseException | None = None
         self._engine: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -74,7 +75,7 @@ class EngineThread:
         return self._engine
 
     async def stop(self, timeout_s: float) -> None:
-        """Ends the thread after the running step and frees the device; a step that hangs is left behind. Idempotent."""
+        """Ends the thread after what was called before and frees the device; a step that hangs is left behind. Idempotent."""
         self._stopping = True
         self._commands.put(None)
         thread = self._thread
@@ -154,7 +155,7 @@ class EngineThread:
             return
         self._tell(_succeed, made, engine)
         try:
-            while not self._stopping:
+            while not self._over:
                 self._turn(engine)
         except BaseException as error:
             logger.exception("the engine is lost")
@@ -169,6 +170,8 @@ class EngineThread:
         """All waiting commands, then one step; waits for a command when there is no work."""
         while self._do_next_command(engine, wait=False):
             pass
+        if self._over:
+            return
         self._busy_since_s = time.monotonic()
         if engine.has_work():
             result = engine.step()
@@ -185,6 +188,7 @@ class EngineThread:
         except queue.Empty:
             return False
         if command is None:
+            self._over = True
             return False
         self._busy_since_s = time.monotonic()
         try:

@@ -1,9 +1,9 @@
 """A worker as a process of its own.
 
-    python -m workers.service.process SPEC.json      (or `-`: the spec comes on stdin)
+    python -m workers.service.process SPEC.json [PARENT_PID]      (or `-`: the spec comes on stdin)
 
 Logs are JSON lines on stderr. SIGTERM and SIGINT drain and stop, a second one stops at once. The process ends when its parent
-does. Exit codes are in workers.service.lifecycle.ExitCode.
+does; with PARENT_PID also when that one ended before this one looked. Exit codes are in workers.service.lifecycle.ExitCode.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ async def serve(spec: WorkerSpec) -> ExitCode:
 
 def main() -> None:
     """The command line."""
-    end_with_parent(os.getppid())
-    if len(sys.argv) != 2:
-        sys.stderr.write("usage: python -m workers.service.process SPEC.json\n")
+    if len(sys.argv) not in (2, 3):
+        sys.stderr.write("usage: python -m workers.service.process SPEC.json [PARENT_PID]\n")
         raise SystemExit(ExitCode.BAD_SPEC)
+    end_with_parent(int(sys.argv[2]) if len(sys.argv) == 3 else os.getppid())
     try:
         spec = read_spec(sys.argv[1])
     except ConfigError as error:
@@ -109,7 +109,11 @@ def main() -> None:
         raise SystemExit(ExitCode.BAD_SPEC) from error
     configure_logging(spec.instance_id, spec.rank)
     prefer_short_turns()
-    code = asyncio.run(serve(spec))
+    try:
+        code = asyncio.run(serve(spec))
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        code = ExitCode.BAD_SPEC
     logging.shutdown()
     # Threads of libraries must not keep a worker that has given everything back.
     os._exit(code)

@@ -15,6 +15,7 @@ import threading
 from typing import Any
 
 from configs.worker_spec import WorkerSpec
+from protos.contract.errors import ConfigError
 from workers.service.host import WorkerHost
 from workers.service.lifecycle import ExitCode
 from workers.service.process import configure_logging, prefer_short_turns
@@ -78,6 +79,9 @@ class WorkerActor:
         code = ExitCode.FAILED
         try:
             code = asyncio.run(self._serve())
+        except ConfigError as error:
+            logger.error("%s cannot start: %s", self._spec.instance_id, error)
+            code = ExitCode.BAD_SPEC
         except Exception:
             logger.exception("the worker failed")
         finally:

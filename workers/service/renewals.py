@@ -56,6 +56,7 @@ class Renewals:
         self._news = asyncio.Event()
         self._renewed_s = time.monotonic()
         self._pause: asyncio.TimerHandle | None = None
+        self._told_stalled = False
 
     @property
     def silent_s(self) -> float:
@@ -164,8 +165,11 @@ class Renewals:
         context = self._context
         stalled_s, limit_s = context.engine.stalled_s(), context.timing.progress_timeout_s
         if stalled_s <= limit_s:
+            self._told_stalled = False
             return False
-        logger.error("the engine has made no progress for %.1f s: nothing is renewed", stalled_s)
+        if not self._told_stalled:
+            self._told_stalled = True
+            logger.error("the engine has made no progress for %.1f s: nothing is renewed", stalled_s)
         if stalled_s > _STALLED_EXIT_FACTOR * limit_s:
             context.on_exit(ExitCode.ENGINE_LOST)
         return True
