@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from protos.contract.errors import ModelError
 from workers.engines.torch.config import DenseConfig, Mistral4Config, parse_config, read_config
+from workers.engines.torch.models.registry import shapes_of
 
 
 @pytest.fixture
@@ -48,6 +50,17 @@ def test_published_mistral_small_4_caches_320_values_per_layer(wrapped: dict[str
     config = parse_config(wrapped)
     assert isinstance(config, Mistral4Config)
     assert (config.kv_row_values, config.qk_head_dim, config.rope.table_factor) == (320, 128, 1.0)
+
+
+def test_published_mistral_small_4_has_its_number_of_parameters(wrapped: dict[str, Any]) -> None:
+    """118,972,826,624 in the text decoder: closes only when every shape is right."""
+    published = {
+        "vocab_size": 131072, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "q_lora_rank": 1024, "kv_lora_rank": 256, "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64, "v_head_dim": 128, "moe_intermediate_size": 2048, "n_routed_experts": 128,
+    }  # fmt: skip
+    shapes = shapes_of(parse_config({**wrapped, "text_config": {**wrapped["text_config"], **published}}))
+    assert sum(math.prod(shape) for shape in shapes.values()) == 118_972_826_624
 
 
 def test_the_text_part_alone_is_the_same_model(wrapped: dict[str, Any]) -> None:
