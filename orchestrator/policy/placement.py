@@ -71,8 +71,9 @@ def prefill_score(load: Load) -> tuple[int, int, str]:
 
 
 def decode_score(load: Load) -> tuple[float, int, str]:
-    """Less is better: share of the KV pool that is promised away."""
-    return (load.reserved_blocks / load.capabilities.total_blocks, load.decode_requests, load.instance.instance_id)
+    """Less is better: share of the KV pool that is promised away, then requests in either role."""
+    share = load.reserved_blocks / load.capabilities.total_blocks
+    return (share, load.decode_requests + load.prefill_requests, load.instance.instance_id)
 
 
 NOBODY: frozenset[InstanceId] = frozenset()
