@@ -88,6 +88,7 @@ class WorkerHost:
         try:
             host = bind_host(self.spec)
             if self.spec.rank > 0:
+                self.address = f"{host}:0"
                 return await self._follow()
             await self._start(host)
             on_serving()
