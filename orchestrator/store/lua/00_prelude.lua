@@ -49,6 +49,7 @@ local INSTANCE_MOVES = {
 local ALIVE = {STARTING = true, READY = true, DRAINING = true}
 
 local function text(number)
+  if number == 0 then return '0' end  -- also minus zero, which no command takes for an integer
   return string.format('%.0f', number)
 end
 
