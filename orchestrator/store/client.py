@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from orchestrator.store import decode, replies
+from orchestrator.store.cancellation import cancellable
 from orchestrator.store.connection import guarded, is_function_missing, open_redis
 from orchestrator.store.decode import Cursor, chunks
 from orchestrator.store.hints import subscribe
@@ -60,12 +61,12 @@ class Store:
     async def load(self) -> bool:
         """Loads the library unless the server has exactly this one; True when it had to."""
         with guarded("load the function library"):
-            return await load_library(self._redis)
+            return await cancellable(load_library(self._redis))
 
     async def ping(self) -> None:
         """Returns when the store answers. Raises StoreUnavailable."""
         with guarded("ping"):
-            await self._redis.ping()
+            await cancellable(self._redis.ping())
 
     async def close(self) -> None:
         """Closes the connections. Idempotent."""
@@ -248,11 +249,11 @@ class Store:
     async def _call(self, function: Fn, *arguments: Argument) -> Cursor:
         with guarded(function):
             try:
-                reply = await self._redis.fcall(function, 1, self._base, *arguments)
+                reply = await cancellable(self._redis.fcall(function, 1, self._base, *arguments))
             except ResponseError as error:
                 if not is_function_missing(error):
                     raise
                 # Not found means not run: the one case in which a call is sent again.
-                await load_library(self._redis)
-                reply = await self._redis.fcall(function, 1, self._base, *arguments)
+                await cancellable(load_library(self._redis))
+                reply = await cancellable(self._redis.fcall(function, 1, self._base, *arguments))
         return Cursor(function, reply)

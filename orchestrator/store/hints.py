@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError, RedisError
 
+from orchestrator.store.cancellation import cancellable
 from orchestrator.store.connection import open_redis
 
 FIRST_BACKOFF_S = 0.05
@@ -28,7 +29,7 @@ async def subscribe(url: str, channel: str, timeout_s: float) -> AsyncIterator[b
         redis = open_redis(url, timeout_s, max_connections=2)
         pubsub = redis.pubsub()
         try:
-            await pubsub.subscribe(channel)
+            await cancellable(pubsub.subscribe(channel))
             yield b""
             async for payload in _payloads(pubsub):
                 backoff_s = FIRST_BACKOFF_S
@@ -44,7 +45,7 @@ async def subscribe(url: str, channel: str, timeout_s: float) -> AsyncIterator[b
 async def _payloads(pubsub: PubSub) -> AsyncIterator[bytes]:
     pinged = False
     while True:
-        message = await pubsub.get_message(timeout=SILENCE_S)
+        message = await cancellable(pubsub.get_message(timeout=SILENCE_S))
         if message is not None:
             pinged = False
             if message["type"] == "message":
@@ -52,7 +53,7 @@ async def _payloads(pubsub: PubSub) -> AsyncIterator[bytes]:
         elif pinged:
             raise ConnectionError("no answer to a ping on the hint channel")
         else:
-            await pubsub.ping()
+            await cancellable(pubsub.ping())
             pinged = True
 
 
