@@ -230,7 +230,7 @@ def test_a_frozen_store_costs_one_timeout_and_no_second_execution(
             finally:
                 os.kill(embedded_valkey.server_pid, signal.SIGCONT)
             async with asyncio.timeout(10):
-                while not (await steady.look(["r"]))[0].is_known:
+                while not (await steady.look(["r"]))[0].is_known:  # noqa: ASYNC110 - another process decides
                     await asyncio.sleep(0.01)
             assert (await steady.stats()).totals["submitted"] == 1
             assert await submit(hasty, "r") is Code.DUPLICATE

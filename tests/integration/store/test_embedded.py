@@ -35,7 +35,7 @@ async def eventually(condition: Callable[[], bool], what: str, timeout_s: float 
     """As wait_until, while the loop goes on."""
     try:
         async with asyncio.timeout(timeout_s):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - another process decides
                 await asyncio.sleep(0.01)
     except TimeoutError:
         raise AssertionError(f"not in {timeout_s} s: {what}") from None

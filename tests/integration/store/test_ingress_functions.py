@@ -193,6 +193,10 @@ def test_finish_from_prefilling_and_decoding(world: World) -> None:
     world.emit("first", 1, 0, 1)
     assert world.finish("first", 1, 1, "length") == ["OK", "DONE"]
     assert ("revoke", "first", 1) in world.read("p") and ("revoke", "first", 1) in world.read("d")
+    world.prefilling("empty")
+    assert world.finish("empty", 1, 0) == ["OK", "DONE"]
+    for name in "pd":
+        world.read(name)
     world.decoding("second")
     assert world.finish("second", 1, 1) == ["OK", "DONE"]
     assert world.told("p") == [] and world.told("d") == [("revoke", "second", 1)]

@@ -30,6 +30,7 @@ def test_a_new_incarnation_fences_the_old_one_and_its_work_is_queued_again(world
     assert world.call(Fn.PICK, "d", 1, 0, 64, LONG_MS) == ["STALE"]
     assert world.renew("d", 1)[0] == "STALE"
     assert world.handoff("expected", 1, "d", 1)[0] == "STALE"
+    assert world.handoff("expected", 1, "d", 2)[0] == "STALE", "assigned to its former self"
     assert world.fail("held", 1, "d", 1) == ["STALE"]
     assert world.told("d", 2) == [], "the inbox starts empty"
     assert world.reap()[0] == {"held": "QUEUED", "expected": "QUEUED"}
@@ -202,10 +203,12 @@ def test_handoff_moves_the_holder_once(world: World) -> None:
     assert world.handoff("r", 1, "x") == ["STALE", "PREFILLING"]
     assert world.handoff("r", 1, "p") == ["STALE", "PREFILLING"]
     assert world.handoff("r", 1, "d", 2) == ["STALE", "PREFILLING"]
+    world.lapse("r")
     for code in ("OK", "DUPLICATE", "DUPLICATE"):
         assert world.handoff("r", 1, "d") == [code, "DECODING"]
         assert world.view()["instances"]["p"]["p_requests"] == 0
     assert world.handoff("r", 1, "x") == ["STALE", "DECODING"]
+    assert world.reap()[0] == {}, "the hand-off gave it a lease"
     world.lapse("r")
     world.reap()
     assert world.handoff("r", 1, "d") == ["STATE", "QUEUED"]
