@@ -3,7 +3,8 @@
 Theory of operation. The parent (EmbeddedValkey) starts this process with a pipe on its standard input and never writes to
 it. The end of that pipe, a changed parent pid, or SIGTERM all mean: stop the server in good order and leave. The kernel
 kills the server when this process dies in whatever way (PR_SET_PDEATHSIG; this process has one thread, so the death of
-"the parent thread" is the death of the process). So no server outlives its owner.
+"the parent thread" is the death of the process). So no server outlives its owner. Where the kernel cannot do that (outside
+Linux) a killed supervisor leaves its server behind; the lock below then still keeps the next one from touching the data.
 
 A lock on a file in the data directory keeps a second server out. The server inherits the locked descriptor: the lock lasts
 as long as any process that may write the data. A server that dies by itself is started again, with back-off.

@@ -218,7 +218,7 @@ def test_a_frozen_store_costs_one_timeout_and_no_second_execution(
     embedded_valkey: EmbeddedValkey, fresh_store: FreshStore
 ) -> None:
     async def main() -> None:
-        async with await fresh_store.connect() as steady, Store(fresh_store.url, fresh_store.cluster, 0.3) as hasty:
+        async with await fresh_store.connect() as steady, Store(fresh_store.url, fresh_store.cluster, 1.0) as hasty:
             await hasty.ping()
             os.kill(embedded_valkey.server_pid, signal.SIGSTOP)
             try:
@@ -226,7 +226,7 @@ def test_a_frozen_store_costs_one_timeout_and_no_second_execution(
                 started_s = asyncio.get_running_loop().time()
                 with pytest.raises(StoreUnavailable):
                     await submit(hasty, "r")
-                assert asyncio.get_running_loop().time() - started_s < 5
+                assert asyncio.get_running_loop().time() - started_s < 8
             finally:
                 os.kill(embedded_valkey.server_pid, signal.SIGCONT)
             async with asyncio.timeout(10):

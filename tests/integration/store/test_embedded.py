@@ -135,7 +135,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 def test_a_killed_server_comes_back_with_every_acknowledged_submit(tmp_path: Path) -> None:
     async def main() -> None:
-        async with EmbeddedValkey(tmp_path) as server, await Store.connect(server.url, "c", 1.0) as store:
+        async with EmbeddedValkey(tmp_path) as server, await Store.connect(server.url, "c", 10.0) as store:
             acknowledged: list[str] = []
             killed = asyncio.Event()
 
@@ -166,7 +166,7 @@ def test_a_killed_server_comes_back_with_every_acknowledged_submit(tmp_path: Pat
 
 def test_a_killed_supervisor_takes_its_server_along_and_both_come_back(tmp_path: Path) -> None:
     async def main() -> None:
-        async with EmbeddedValkey(tmp_path) as server, await Store.connect(server.url, "c", 1.0) as store:
+        async with EmbeddedValkey(tmp_path) as server, await Store.connect(server.url, "c", 10.0) as store:
             await submit(store, "r")
             old = (server.supervisor_pid, server.server_pid)
             os.kill(old[0], signal.SIGKILL)
