@@ -14,6 +14,7 @@ from collections.abc import Coroutine
 from orchestrator.ingress.live import LiveStream, StreamTable
 from orchestrator.ingress.metrics import Metrics
 from orchestrator.ingress.streams import StreamState
+from orchestrator.ingress.tasks import end_tasks
 from orchestrator.store.client import Store
 from protos.contract.errors import AutanError, Cancelled
 
@@ -45,11 +46,10 @@ class Departures:
         if not self._closed:
             self._start(self._cancel(request_id, tenant, reason))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """From now on nobody leaves. Idempotent."""
         self._closed = True
-        for task in list(self._tasks):
-            task.cancel()
+        await end_tasks(list(self._tasks))
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -19,6 +19,7 @@ from orchestrator.ingress.auth import Authoriser, load_keys
 from orchestrator.ingress.listen import bind, check_exposure
 from orchestrator.ingress.model import ServedModel
 from orchestrator.ingress.parts import IngressSettings, Parts, assemble
+from orchestrator.ingress.tasks import end_tasks
 from orchestrator.store.client import Store
 from protos.contract.errors import AutanError, ConfigError
 from protos.rpc import GuardInterceptor, admin_pb2_grpc, inference_pb2_grpc, server_options, tokens_pb2_grpc
@@ -135,16 +136,14 @@ class IngressServer:
         """
         self._draining = True
         if self._parts is not None:
-            self._parts.departures.close()
+            await self._parts.departures.close()
         if self._health is not None:
             await self._health.enter_graceful_shutdown()
         if self._clients is not None:
             await self._clients.stop(grace_s)
         if self._workers is not None:
             await self._workers.stop(0.0)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         self._tasks.clear()
         if self._parts is not None:
             self._parts.intake.close()

@@ -14,6 +14,7 @@ from orchestrator.ingress.live import LiveStream, StreamTable
 from orchestrator.ingress.metrics import Metrics
 from orchestrator.ingress.records import merge_timeline
 from orchestrator.ingress.streams import Delivery, FinishReason, Receipt, Verdict
+from orchestrator.ingress.tasks import end_tasks
 from orchestrator.ingress.watch import Watch
 from orchestrator.store.client import Store
 from protos.contract.errors import AutanError, EngineFailure, InvalidRequest
@@ -55,15 +56,15 @@ class TokenSink(tokens_pb2_grpc.TokenSinkServicer):
             await reader
         finally:
             box.close()
-            reader.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await reader
+            await end_tasks([reader])
+            if not reader.cancelled():
+                reader.exception()  # seen by the await above, or the worker is gone and nobody wants it
 
     async def _read(self, batches: AsyncIterator[tokens.TokenBatch], box: AckBox) -> None:
         try:
             async for batch in batches:
-                self.take(batch, box)
                 await self._journal.room()
+                self.take(batch, box)
         finally:
             box.close()
 

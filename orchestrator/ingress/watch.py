@@ -16,6 +16,7 @@ from orchestrator.ingress.adopt import Adopter
 from orchestrator.ingress.journal import Journal
 from orchestrator.ingress.live import LiveStream, StreamTable
 from orchestrator.ingress.owner import Ownership
+from orchestrator.ingress.verdicts import moved_error
 from orchestrator.store.client import Store
 from protos.contract.errors import AutanError, DeadlineExceeded, StoreUnavailable
 from protos.contract.redis_names import ingress_channel, is_name
@@ -89,6 +90,10 @@ class Watch:
     async def turn(self, everything: bool) -> None:
         """One round: deadlines first, because they hold without Redis too. Raises what the store raises."""
         hinted, self._hinted = self._hinted, set()
+        if self._owner.is_fenced:
+            for live in self._table:
+                self._table.end(live, moved_error(live.request_id))
+            return
         if everything:
             await self._end_overdue()
             await self._adopter.retake()

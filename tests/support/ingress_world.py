@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,6 +22,7 @@ from configs.schema.network import IngressConfig, NetworkConfig
 from orchestrator.ingress.model import ServedModel, load_served_model
 from orchestrator.ingress.parts import IngressSettings
 from orchestrator.ingress.server import IngressServer
+from orchestrator.ingress.tasks import end_tasks
 from orchestrator.store.client import Store
 from orchestrator.store.replies import Placement
 from protos.contract.errors import AutanError, StoreUnavailable
@@ -33,6 +33,7 @@ from workers.service.store import Held, InboxEntry, WorkerStore
 
 CONTEXT_TOKENS = 512
 LEASE_S = 1.0
+STORE_TIMEOUT_S = 0.4
 
 
 def oracle_model(name: str = "oracle") -> ServedModel:
@@ -90,12 +91,17 @@ class FakeWorker:
         await self._renew()
         self._tasks = [asyncio.create_task(self._pick_loop()), asyncio.create_task(self._renew_loop())]
 
+    async def restart(self) -> None:
+        """A new incarnation, which holds nothing."""
+        self.jobs.clear()
+        self._ack_seq = 0
+        await end_tasks(self._tasks)
+        await self.start()
+
     async def stop(self) -> None:
         """Ends everything at once; what it held stays held until its leases lapse."""
         tasks = [*self._tasks, *(task for task, _ in self._links.values())]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
         self._links.clear()
         await self._store.close()
 
@@ -226,8 +232,7 @@ class FakeCore:
     async def stop(self) -> None:
         """Stops."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks([self._task])
 
     async def _run(self) -> None:
         epoch = 0
@@ -345,7 +350,7 @@ def a_server(world: World) -> IngressServer:
 async def a_world(url: str, cluster: str, config: IngressConfig | None = None, **settings: Any) -> AsyncIterator[World]:
     """Starts store client, worker, core and ingress; stops them all."""
     config = config or IngressConfig(address="127.0.0.1:0", default_max_tokens=8)
-    store = await Store.connect(url, cluster, timeout_s=1.0, retain_s=60.0)
+    store = await Store.connect(url, cluster, timeout_s=STORE_TIMEOUT_S, retain_s=60.0)
     worker = FakeWorker(url, cluster)
     core = FakeCore(store, worker)
     values = {"version": "0-test", "lease_s": LEASE_S, "linger_s": 0.05} | settings
@@ -393,10 +398,3 @@ async def until(condition: Callable[[], Any], what: str, timeout_s: float = 10.0
 def a_prompt(request_id: str, text: str = "hello", seed: int = 11, **sampling: Any) -> inference.GenerateRequest:
     """A request with a seed, so that its tokens are known."""
     return inference.GenerateRequest(request_id=request_id, text=text, sampling=inference.SamplingParams(seed=seed, **sampling))
-
-
-def write_text(path: Path, text: str) -> Path:
-    """A private file."""
-    path.write_text(text)
-    path.chmod(0o600)
-    return path
