@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.support.demo_model import demo_model_dir
 from tests.support.store import embedded_valkey, fresh_store
 
-__all__ = ["embedded_valkey", "fresh_store"]
+__all__ = ["demo_model_dir", "embedded_valkey", "fresh_store"]
