@@ -22,6 +22,8 @@ from workers.service.engine_thread import EngineThread
 from workers.service.membership import Membership
 from workers.service.task_set import TaskSet
 
+_MAX_CHANNELS = 64
+
 
 class HandoffOutcomes(Protocol):
     """Who hears how a hand-off went, before its blocks are given back."""
@@ -41,6 +43,7 @@ class HandoffOutcomes(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Running:
+    address: str
     handoff: Handoff
     inner: asyncio.Task[HandoffResult]
 
@@ -82,7 +85,7 @@ class HandoffTasks:
             fingerprint=fingerprint,
         )
         handoff = Handoff(job, self._channel(assignment.peer_address), self._context)
-        running = _Running(handoff, asyncio.create_task(handoff.run()))
+        running = _Running(assignment.peer_address, handoff, asyncio.create_task(handoff.run()))
         self._running[_key(assignment)] = running
         self._tasks.spawn(self._carry(assignment, running, outcomes))
 
@@ -181,8 +184,17 @@ class HandoffTasks:
     def _channel(self, address: str) -> grpc.aio.Channel:
         channel = self._channels.get(address)
         if channel is None:
+            self._close_unused_channels()
             channel = self._channels[address] = open_channel(address, self._options)
         return channel
+
+    def _close_unused_channels(self) -> None:
+        """Peers come back under other addresses; the channels to their old ones end here."""
+        if len(self._channels) < _MAX_CHANNELS:
+            return
+        used = {running.address for running in self._running.values()}
+        for address in [address for address in self._channels if address not in used]:
+            self._tasks.spawn(self._channels.pop(address).close())
 
 
 def _key(assignment: Assignment) -> Key:

@@ -28,12 +28,13 @@ class LinkContext:
     next_batch: Callable[[str], tokens.TokenBatch | None]
     on_open: Callable[[str], None]
     on_acks: Callable[[str, tokens.TokenAcks], None]
+    is_needed: Callable[[str], bool]
     reach: Callable[[str], Awaitable[None]]
     write_timeout_s: float
 
 
 class IngressLink:
-    """Sends batches in order; after every break the stream is opened anew and everything unacknowledged goes again."""
+    """Sends batches in order. After a break the stream is opened anew, if needed, and everything unacknowledged goes again."""
 
     def __init__(self, address: str, context: LinkContext) -> None:
         self.address = address
@@ -76,7 +77,8 @@ class IngressLink:
                 writer.cancel()
                 call.cancel()
                 await asyncio.gather(writer, return_exceptions=True)
-        self._news.set()
+        if self._context.is_needed(self.address):
+            self._news.set()
         return answered
 
     async def _write(self, call: Any) -> None:

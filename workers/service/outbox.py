@@ -48,6 +48,7 @@ class Outbox:
             next_batch=self._next_batch,
             on_open=self._on_open,
             on_acks=self._on_acks,
+            is_needed=self._is_needed,
             reach=context.reach,
             write_timeout_s=context.write_timeout_s,
         )
@@ -157,6 +158,9 @@ class Outbox:
             if budget <= 0 or len(batch.requests) == MAX_REQUESTS_PER_BATCH:
                 break
         return batch if batch.requests else None
+
+    def _is_needed(self, address: str) -> bool:
+        return any(tail.address == address for tail in self._tails.values())
 
     def _on_open(self, address: str) -> None:
         for tail in self._tails.values():

@@ -182,3 +182,47 @@ def test_a_spec_that_cannot_be_served_ends_with_its_reason(
     done = subprocess.run(command(spec_file), cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == ExitCode.BAD_SPEC
     assert words in done.stderr and "Traceback" not in done.stderr
+
+
+ACTOR = """
+import sys, time
+from workers.service.ray_actor import PrefillWorker
+assert "ray" not in sys.modules
+actor = PrefillWorker(open(sys.argv[1]).read())
+deadline = time.monotonic() + 20
+while actor.info()["state"] != "READY" and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(actor.info()["state"], actor.info()["incarnation"], actor.ping() == actor.info()["pid"], flush=True)
+if sys.stdin.readline().strip() == "stop":
+    print(actor.stop(1.0), flush=True)
+    sys.stdin.readline()
+time.sleep(30)
+"""
+
+
+def test_the_actor_class_runs_stops_and_dies_with_its_worker(fresh_store: FreshStore, tmp_path: Path) -> None:
+    spec_file = tmp_path / "spec.json"
+    spec_file.write_text(worker_spec(fresh_store, "prefill-0", "prefill").model_dump_json())
+
+    def start() -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [sys.executable, "-c", ACTOR, str(spec_file)], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+
+    actors = [start()]
+    try:
+        assert actors[0].stdout is not None
+        assert actors[0].stdout.readline() == "READY 1 True\n"
+        actors.append(start())
+        assert actors[1].stdin is not None and actors[1].stdout is not None
+        assert actors[1].stdout.readline() == "READY 2 True\n"
+        assert actors[0].wait(10) == ExitCode.SUPERSEDED
+        actors[1].stdin.write("stop\n")
+        actors[1].stdin.flush()
+        assert actors[1].stdout.readline() == "0\n"
+        assert actors[1].poll() is None, "a stopped actor stays, or Ray would restart it"
+    finally:
+        for actor in actors:
+            actor.kill()
+            actor.communicate()
