@@ -112,6 +112,9 @@ def test_pick_tells_entries_of_a_dead_epoch_as_revoke(world: World) -> None:
     }  # fmt: skip
     assert told.index(("revoke", "reassigned", 1)) < told.index(("prefill", "reassigned", 2))
     assert {(kind, id) for kind, id, _ in world.told("d")} == {(kind.replace("prefill", "expect"), id) for kind, id, _ in told}
+    world.assigned("failed")
+    world.fail("failed", 1, "d", retryable=False)
+    assert {entry for entry in world.told("p") if entry[1] == "failed"} == {("revoke", "failed", 1)}
     revoke = world.pick("p")[0]
     assert (revoke.spec, revoke.journal, revoke.peer_inst, revoke.ingress_id) == ("", "", "", "")
 
@@ -176,6 +179,10 @@ def test_renew_e_keeps_no_lease_but_lasts_through_the_hand_off(world: World) -> 
     world.renew("d", 1, ("r", 1, "e"))
     assert world.reap()[0] == {"r": "QUEUED"}
     assert world.renew("d", 1, ("r", 1, "e"))[3:] == [1, "r"]
+    world.decoding("done")
+    world.finish("done", 1, 1)
+    for name in "pd":
+        assert world.renew(name, 1, ("done", 1, "e"))[3:] == [1, "done"]
 
 
 def test_renew_guards_the_life_of_an_instance(world: World) -> None:
