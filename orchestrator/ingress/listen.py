@@ -42,6 +42,8 @@ def bind(server: Any, address: Address) -> str:
     if address.path:
         return _bind_unix(server, Path(address.path))
     target = f"{address.host}:{address.port}"
+    if address.port and not _is_free(address):  # gRPC would say so on stderr, at length
+        raise ConfigError(_taken(target, address))
     try:
         port = server.add_insecure_port(target)
     except RuntimeError as error:
@@ -49,6 +51,17 @@ def bind(server: Any, address: Address) -> str:
     if not port:
         raise ConfigError(_taken(target, address))
     return f"{address.host}:{port}"
+
+
+def _is_free(address: Address) -> bool:
+    try:
+        family, kind, protocol, _, name = socket.getaddrinfo(address.host.strip("[]"), address.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(name)
+    except OSError:
+        return False
+    return True
 
 
 def _taken(target: str, address: Address) -> str:

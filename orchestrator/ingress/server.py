@@ -32,6 +32,14 @@ _LAST_COMMIT_S = 1.0
 _SPARE_CALLS = 256  # unary calls beside the streams
 
 
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """grpc.health.v1; List is left out by the library, and said so instead of failing."""
+
+    async def List(self, request: Any, context: Any) -> None:
+        """UNIMPLEMENTED."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask Check or Watch")
+
+
 class IngressServer:
     """Start it, stop it. Raises ConfigError from `start` for an address or key file that cannot be used.
 
@@ -99,7 +107,7 @@ class IngressServer:
         )
         await parts.owner.register()
         self._parts = parts
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         inference_pb2_grpc.add_InferenceServicer_to_server(parts.service, self._clients)  # type: ignore[no-untyped-call]
         admin_pb2_grpc.add_AdminServicer_to_server(parts.admin, self._clients)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._clients)

@@ -292,8 +292,8 @@ class RequestStream:
             self._complete(FinishReason.LENGTH)
 
     def _complete(self, reason: FinishReason, stop: str | None = None) -> None:
-        held = self._text.flush() if self._text and stop is None else ""
         self._move(StreamMove.COMPLETE)
+        held = self._text.flush() if self._text and stop is None else ""
         self._ending = Ending(reason, len(self._tokens), stop or "", held)
 
     def _move(self, move: StreamMove) -> None:

@@ -99,7 +99,7 @@ class Watch:
             await self._adopter.retake()
             lives = list(self._table)
         else:
-            lives = [live for request_id in hinted if (live := self._table.get(request_id))]
+            lives = [found for request_id in hinted if (found := self._table.get(request_id))]
         await self._look(lives)
         await self._find_wanted()
         if everything and self._clock.now_s() >= self._adopt_at_s:
