@@ -26,6 +26,12 @@ def test_submit_accepts_once(world: World) -> None:
     assert world.view()["queue"] == ["r"]
 
 
+def test_a_new_request_starts_with_an_empty_journal(world: World) -> None:
+    world.redis.set(f"{world.base}:t:r", b"\0\0\0\0")
+    assert world.submit("r")[3] == 0
+    assert world.look("r")[2] == 0
+
+
 def test_submit_refuses_another_body_and_another_tenant(world: World) -> None:
     world.submit("r")
     assert world.submit("r", body="other") == ["CONFLICT"]
@@ -275,6 +281,7 @@ def test_taking_a_request_moves_the_ownership_and_tells_the_workers(world: World
 def test_an_ended_registration_takes_nothing(world: World) -> None:
     world.queued("r")
     assert world.resume("r", take=True, ingress="ghost", at=1) == ["STALE"]
+    assert world.resume("r", ingress="ghost", at=1)[0] == "OK", "looking is free"
     world.call(Fn.INGRESS, INGRESS, "addr", LONG_MS, 0)
     assert world.resume("r", take=True) == ["STALE"]
 
