@@ -29,7 +29,6 @@ RUN pip install --no-build-isolation --no-deps .
 
 USER autan
 WORKDIR /home/autan
-EXPOSE 50600
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["autan", "status", "--json"]
 ENTRYPOINT ["autan"]
 CMD ["up", "oracle"]

@@ -24,10 +24,12 @@ class NetworkConfig(Section):
     """Sockets between the processes of the cluster.
 
     `loopback` binds 127.0.0.1. `node` binds the address that Ray gives the node; an address outside 127.0.0.0/8 is
-    refused without `insecure: true` until TLS exists.
+    refused without `insecure: true` until TLS exists. `advertise_host` is where workers on other nodes reach the
+    orchestrator; by default the address of its own Ray node.
     """
 
     bind: Literal["loopback", "node"] = "loopback"
+    advertise_host: Annotated[str, Field(min_length=1, max_length=253)] | None = None
     insecure: bool = False
     max_message_bytes: Bytes = 8 * 1024 * 1024
     frame_bytes: Bytes = 512 * 1024

@@ -129,7 +129,12 @@ class LocalCluster:
             request_timeout_s=config.timing.request_timeout_s,
             max_queued=config.scheduling.max_queued,
         )
+        network = config.network
+        node_address = None
+        if network.bind == "node":
+            node_address = network.advertise_host or await self.launcher.node_address()
         self.ingress = IngressServer(
+            node_address=node_address,
             settings=settings,
             network=config.network,
             store=self.store,

@@ -95,6 +95,10 @@ class Launcher(Protocol):
         """The end of the instance's log, as far as it can be read from here; for error messages."""
         ...
 
+    async def node_address(self) -> str:
+        """The address at which workers that this launcher places reach this process."""
+        ...
+
     async def close(self, grace_s: float = CLOSE_GRACE_S) -> None:
         """Stops everything, side by side, each as `stop`. Idempotent."""
         ...

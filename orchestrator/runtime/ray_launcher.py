@@ -124,6 +124,11 @@ class RayLauncher:
             return ""
         return await self._call(self._logs_of, group, lines)
 
+    async def node_address(self) -> str:
+        """See `Launcher.node_address`: the address of the Ray node that this driver is on."""
+        await self.connect()
+        return await self._call(_own_address)
+
     async def close(self, grace_s: float = CLOSE_GRACE_S) -> None:
         """See `Launcher.close`. Ends a local Ray, leaves another one."""
         await asyncio.gather(*(self.stop(name, grace_s) for name in list(self._groups)))
@@ -323,3 +328,10 @@ def _disconnect() -> None:
     import ray
 
     ray.shutdown()
+
+
+def _own_address() -> str:
+    import ray
+
+    address: Any = ray.util.get_node_ip_address
+    return str(address())

@@ -104,6 +104,10 @@ class SubprocessLauncher:
         logs = sorted(self._logs.glob(f"{instance_id}.*.log"))
         return "\n".join(await asyncio.gather(*(asyncio.to_thread(tail, log, lines) for log in logs)))
 
+    async def node_address(self) -> str:
+        """See `Launcher.node_address`: children are on this machine."""
+        return "127.0.0.1"
+
     async def close(self, grace_s: float = CLOSE_GRACE_S) -> None:
         """See `Launcher.close`."""
         await asyncio.gather(*(self.stop(name, grace_s) for name in list(self._ranks)))
