@@ -52,19 +52,17 @@ class AsyncClient:
         if channel is not None:
             await channel.close()
 
-    async def generate(self, text: str | None = None, **options: Any) -> AsyncGenerator[Event, None]:
+    def generate(self, text: str | None = None, **options: Any) -> AsyncGenerator[Event, None]:
         """Accepted, the tokens as they come, Finished; see generate_request for the options.
 
         Closing the generator early cancels the request. Raises the error with which the request ended.
         """
         request = generate_request(text, **options)
-        async for event in self._resumed(request, request.request_id, 0):
-            yield event
+        return self._resumed(request, request.request_id, 0)
 
-    async def resume(self, request_id: str, from_index: int = 0) -> AsyncGenerator[Event, None]:
+    def resume(self, request_id: str, from_index: int = 0) -> AsyncGenerator[Event, None]:
         """The stream of an accepted request from a token on."""
-        async for event in self._resumed(None, request_id, from_index):
-            yield event
+        return self._resumed(None, request_id, from_index)
 
     async def complete(self, text: str | None = None, **options: Any) -> Completion:
         """The whole answer; see generate_request for the options."""
@@ -148,6 +146,8 @@ class AsyncClient:
                             announced = True
                         elif isinstance(event, Delta):
                             next_index = event.first_index + len(event.token_ids)
+                        if isinstance(event, Finished):
+                            request = None  # nothing is left to give up
                         yield event
                         if isinstance(event, Finished):
                             return

@@ -29,7 +29,8 @@ from protos.contract.errors import (
 )
 from protos.rpc import admin_pb2_grpc, error_of, inference_pb2_grpc, open_channel, tokens_pb2_grpc
 from protos.wire import admin, inference, tokens
-from tests.support.ingress_world import Answer, World, a_prompt, a_server, a_world, expected_tokens, until
+from tests.support.ingress_worker import expected_tokens
+from tests.support.ingress_world import Answer, World, a_prompt, a_server, a_world, until
 from tests.support.store import FreshStore
 from tests.unit.orchestrator.ingress.corpus import BAD, GOOD
 

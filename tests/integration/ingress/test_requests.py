@@ -23,7 +23,8 @@ from protos.contract.errors import (
 from protos.contract.redis_names import pack_tokens
 from protos.rpc import error_of
 from protos.wire import admin, common, inference, tokens
-from tests.support.ingress_world import Answer, World, a_prompt, a_world, expected_token, expected_tokens, until
+from tests.support.ingress_worker import expected_token, expected_tokens
+from tests.support.ingress_world import Answer, World, a_prompt, a_world, until
 from tests.support.store import FreshStore
 
 

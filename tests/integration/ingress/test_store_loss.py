@@ -18,7 +18,8 @@ from protos.contract.errors import StoreUnavailable, UnavailableError
 from protos.contract.redis_names import unpack_tokens
 from protos.rpc import error_of
 from protos.wire import admin
-from tests.support.ingress_world import LEASE_S, Answer, World, a_prompt, a_server, a_world, expected_tokens, until
+from tests.support.ingress_worker import LEASE_S, expected_tokens
+from tests.support.ingress_world import Answer, World, a_prompt, a_server, a_world, until
 from tests.support.store import new_cluster
 
 
