@@ -155,11 +155,11 @@ class RequestStream:
             if self._ending is None:
                 self._append(token_id)
         self._journaled = self._visible = len(self._tokens)
-        if self._tokens and self._ending is None and len(self._tokens) >= bounds.min_tokens:
-            # The worker that sampled an end token may be gone, and another one would continue behind it.
-            if self._tokens[-1] in bounds.stop_token_ids:
+        if self._tokens and self._ending is None:
+            # The worker that sampled the last token may be gone, and another one would continue behind it.
+            if self._tokens[-1] in bounds.stop_token_ids and len(self._tokens) > bounds.min_tokens:
                 self._complete(FinishReason.STOP)
-            elif len(self._tokens) == bounds.max_tokens:
+            elif len(self._tokens) >= bounds.max_tokens:
                 self._complete(FinishReason.LENGTH)
 
     @property

@@ -11,7 +11,7 @@ from orchestrator.ingress.stops import StopMatcher
 
 @dataclass(frozen=True, slots=True)
 class TextRules:
-    """How tokens of one request become text. `detokenizer` makes a fresh one; stops count from `min_tokens` on."""
+    """How tokens of one request become text. `detokenizer` makes a fresh one; stops count behind `min_tokens`."""
 
     detokenizer: Callable[[], Detokenizer]
     stops: Sequence[str] = ()
@@ -30,7 +30,7 @@ class TextStream:
     def push(self, token_id: int) -> tuple[str, str | None]:
         """The text that this token releases, and the stop string that it completes."""
         self._pushed += 1
-        match = self._matcher.push(self._detokenizer.push(token_id), armed=self._pushed >= self._min_tokens)
+        match = self._matcher.push(self._detokenizer.push(token_id), armed=self._pushed > self._min_tokens)
         return match.text, match.stop
 
     def flush(self) -> str:

@@ -157,8 +157,8 @@ def test_what_may_be_a_stop_string_is_held_back_and_nothing_else() -> None:
     assert matcher.flush() == "</"
 
 
-@pytest.mark.parametrize("min_tokens", [0, 3, 9])
-def test_a_stop_string_counts_from_min_tokens_on(min_tokens: int) -> None:
+@pytest.mark.parametrize("min_tokens", [0, 5, 9])
+def test_a_stop_string_counts_behind_min_tokens(min_tokens: int) -> None:
     tokenizer = ByteTokenizer()
     stream = TextStream(TextRules(tokenizer.detokenizer, ["ab"], min_tokens))
     shown, stopped_at = "", None
@@ -168,7 +168,7 @@ def test_a_stop_string_counts_from_min_tokens_on(min_tokens: int) -> None:
         if stop:
             stopped_at = index + 1
             break
-    assert stopped_at == {0: 2, 3: 5, 9: 11}[min_tokens]
+    assert stopped_at == {0: 2, 5: 8, 9: 11}[min_tokens]
     assert shown == "ab ab ab ab"[: stopped_at - 2]
 
 
