@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import json
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from orchestrator.ingress.clock import wall_clock_s
 from protos.contract.errors import ConfigError, Forbidden, Unauthenticated
 from protos.contract.redis_names import is_name
 
@@ -77,7 +77,7 @@ class _Entry:
 class Authoriser:
     """Decides on each call. Without a key file every caller is the local admin."""
 
-    def __init__(self, entries: Sequence[_Entry] | None = None, wall_clock_s: Callable[[], float] = time.time) -> None:
+    def __init__(self, entries: Sequence[_Entry] | None = None, wall_clock_s: Callable[[], float] = wall_clock_s) -> None:
         self._entries = None if entries is None else tuple(entries)
         self._wall_clock_s = wall_clock_s
 
@@ -105,7 +105,7 @@ class Authoriser:
         return found[0].principal
 
 
-def load_keys(path: Path, wall_clock_s: Callable[[], float] = time.time) -> Authoriser:
+def load_keys(path: Path, wall_clock_s: Callable[[], float] = wall_clock_s) -> Authoriser:
     """Reads a key file. Raises ConfigError, naming file and entry, for anything that is not exactly right."""
     try:
         if path.stat().st_mode & 0o022:

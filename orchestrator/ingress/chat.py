@@ -8,12 +8,12 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, NoReturn, Protocol
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from orchestrator.ingress.clock import local_time
 from orchestrator.ingress.tokenizer import Tokenizer
 from protos.contract.errors import InvalidRequest, ModelError
 
@@ -132,4 +132,4 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 
 def _strftime_now(pattern: str) -> str:
-    return datetime.now().astimezone().strftime(pattern)
+    return local_time().strftime(pattern)

@@ -55,6 +55,22 @@ class Parts:
     sink: TokenSink
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """What the services stand on."""
+
+    store: Store
+    model: ServedModel
+    clock: Clock
+    limits: Limits
+    metrics: Metrics
+    table: StreamTable
+    owner: Ownership
+    journal: Journal
+    adopter: Adopter
+    departures: Departures
+
+
 def assemble(
     *,
     settings: IngressSettings,
@@ -66,7 +82,38 @@ def assemble(
     clock: Clock | None = None,
 ) -> Parts:
     """Makes the parts; nothing runs yet."""
-    clock = clock or SystemClock()
+    base = _base(settings, store, model, sink_address, clock=clock or SystemClock())
+    metrics, table, owner, journal = base.metrics, base.table, base.owner, base.journal
+    watch = Watch(store=store, owner=owner, table=table, journal=journal, adopter=base.adopter, clock=base.clock)
+    intake = _intake(settings, base)
+    service = _service(settings, base, intake, authorise)
+
+    def gauges() -> dict[str, int]:
+        return {
+            "streams_open": service.open_streams,
+            "requests_live": len(table),
+            "backlog_tokens": journal.backlog_tokens,
+            "ingress_epoch": owner.epoch,
+        }
+
+    admin = AdminService(
+        store=store, table=table, metrics=metrics, version=settings.version, gauges=gauges, on_shutdown=on_shutdown
+    )
+    return Parts(
+        metrics=metrics,
+        owner=owner,
+        table=table,
+        journal=journal,
+        watch=watch,
+        intake=intake,
+        departures=base.departures,
+        service=service,
+        admin=admin,
+        sink=TokenSink(table=table, journal=journal, watch=watch, metrics=metrics, store=store),
+    )
+
+
+def _base(settings: IngressSettings, store: Store, model: ServedModel, sink_address: str, *, clock: Clock) -> Base:
     config = settings.config
     limits = Limits(default_max_tokens=config.default_max_tokens, default_timeout_s=settings.request_timeout_s)
     metrics = Metrics()
@@ -90,55 +137,46 @@ def assemble(
         metrics=metrics,
         max_timeout_s=limits.max_timeout_s,
     )
-    watch = Watch(store=store, owner=owner, table=table, journal=journal, adopter=adopter, clock=clock)
-    departures = Departures(store, table, metrics, settings.linger_s)
-    intake = Intake(
+    return Base(
         store=store,
-        owner=owner,
-        table=table,
-        adopter=adopter,
-        departures=departures,
         model=model,
-        limits=limits,
         clock=clock,
+        limits=limits,
         metrics=metrics,
+        table=table,
+        owner=owner,
+        journal=journal,
+        adopter=adopter,
+        departures=Departures(store, table, metrics, settings.linger_s),
+    )
+
+
+def _intake(settings: IngressSettings, base: Base) -> Intake:
+    return Intake(
+        store=base.store,
+        owner=base.owner,
+        table=base.table,
+        adopter=base.adopter,
+        departures=base.departures,
+        model=base.model,
+        limits=base.limits,
+        clock=base.clock,
+        metrics=base.metrics,
         queue_limit=settings.max_queued,
     )
-    service = InferenceService(
+
+
+def _service(settings: IngressSettings, base: Base, intake: Intake, authorise: Authoriser) -> InferenceService:
+    return InferenceService(
         authorise=authorise,
         intake=intake,
-        adopter=adopter,
-        departures=departures,
-        table=table,
-        store=store,
-        model=model,
-        metrics=metrics,
-        max_streams=config.max_streams,
-        max_event_tokens=config.max_buffered_tokens,
+        adopter=base.adopter,
+        departures=base.departures,
+        table=base.table,
+        store=base.store,
+        model=base.model,
+        metrics=base.metrics,
+        max_streams=settings.config.max_streams,
+        max_event_tokens=settings.config.max_buffered_tokens,
         stall_s=settings.stall_s,
-    )
-
-    def gauges() -> dict[str, int]:
-        return {
-            "streams_open": service.open_streams,
-            "requests_live": len(table),
-            "backlog_tokens": journal.backlog_tokens,
-            "ingress_epoch": owner.epoch,
-        }
-
-    admin = AdminService(
-        store=store, table=table, metrics=metrics, version=settings.version, gauges=gauges, on_shutdown=on_shutdown
-    )
-    sink = TokenSink(table=table, journal=journal, watch=watch, metrics=metrics, store=store)
-    return Parts(
-        metrics=metrics,
-        owner=owner,
-        table=table,
-        journal=journal,
-        watch=watch,
-        intake=intake,
-        departures=departures,
-        service=service,
-        admin=admin,
-        sink=sink,
     )
