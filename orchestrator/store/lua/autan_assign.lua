@@ -19,10 +19,11 @@ local function assign_one(c, a, lease_ms)
   if r.state ~= 'QUEUED' then return 'STATE', r.epoch end
   if not (takes_work(c, a.p, a.p_inc) and takes_work(c, a.d, a.d_inc)) then return 'STALE', r.epoch end
   check_move(c, r, 'ASSIGNED')
+  local known_n = journal_length(c, a.id)
   set(c, r, {
     state = 'ASSIGNED', epoch = text(tonumber(r.epoch) + 1), holder = '', holder_inc = '', picked_ms = '',
     p = a.p, p_inc = a.p_inc, p_open = '1', p_blocks = a.p_blocks,
-    p_tokens = text(tonumber(r.prompt_tokens) + journal_length(c, a.id)),
+    p_tokens = text(tonumber(r.prompt_tokens) + known_n), known_n = text(known_n),
     d = a.d, d_inc = a.d_inc, d_open = '1', d_blocks = a.d_blocks,
   })
   enter_roles(c, r)

@@ -7,6 +7,7 @@
 --       revoke   drop the request up to this epoch; also told of a prefill or expect that ended before it was read
 --       owner    send what is not acknowledged to this ingress
 --       revoke and owner have no spec, journal or peer; a revoke has no ingress.
+--       The journal of prefill and expect is what was journaled when assign placed the request: the same for P and D.
 -- Promise: entries up to ack_seq are dropped, later ones are told again until then, in order, without another effect.
 -- Fewer than max_n entries do not mean that the inbox is empty: a reply holds at most 8 MiB unless one entry is larger.
 -- What an entry means now: the kind to tell, or nil when there is nothing to tell any more.
@@ -39,7 +40,8 @@ local function entry_reply(c, seq, kind, id, epoch, r)
     peer, peer_inc = r[side], r[side .. '_inc']
     peer_addr = redis.call('HGET', k_instance(c, peer), 'addr') or ''
     spec = redis.call('HGET', k_request(c, id), 'spec') or ''
-    journal = redis.call('GETRANGE', k_journal(c, id), 0, -1)
+    -- As it was at assign: P may have had its first token journaled before D reads, and both must count the same rows.
+    if r.known_n ~= '0' then journal = redis.call('GETRANGE', k_journal(c, id), 0, 4 * tonumber(r.known_n) - 1) end
   end
   return {
     seq, kind, id, epoch, spec, journal, peer, peer_addr, peer_inc,

@@ -95,6 +95,37 @@ def test_pick_carries_the_journal_of_a_continued_request(world: World) -> None:
         assert entry.journal == pack_tokens([7, 300, 301]).decode()
 
 
+def test_both_sides_count_the_same_rows_however_late_one_reads(world: World) -> None:
+    for name in "pd":
+        world.instance(name)
+    world.assigned("r")
+    assert world.pick("p")[-1].journal == ""
+    world.emit("r", 1, 0, 300)
+    assert world.pick("d")[-1].journal == "", "the first token was journaled before D read its inbox"
+    world.lapse("r")
+    world.reap()
+    world.assign("r", "p", "d", epoch=1)
+    assert {world.pick(name)[-1].journal for name in "pd"} == {pack_tokens([300]).decode()}
+
+
+@pytest.mark.parametrize("end", ["cancel", "finish", "reap"])
+def test_a_role_without_blocks_is_given_back_too(world: World, end: str) -> None:
+    world.instance("c")
+    world.queued("r")
+    assert world.assign("r", "c", "c", blocks=(0, 0))[0] == "OK"
+    world.pick("c")
+    if end == "cancel":
+        world.cancel("r")
+    elif end == "finish":
+        world.emit("r", 1, 0, 5)
+        assert world.finish("r", 1, 1)[0] == "OK"
+    else:
+        world.lapse("r")
+        assert world.reap()[0] == {"r": "QUEUED"}
+    record = world.view()["instances"]["c"]
+    assert {record[name] for name in ("p_requests", "p_tokens", "p_blocks", "d_requests", "d_blocks")} == {0}
+
+
 def test_pick_tells_entries_of_a_dead_epoch_as_revoke(world: World) -> None:
     for name in "pd":
         world.instance(name)
