@@ -100,7 +100,9 @@ class LocalCluster:
         self._progress(f"workers: {config.launcher.kind}")
         self.launcher = self._make_launcher(config, self.run_dir)
         self._stack.push_async_callback(self.launcher.close)
-        await self._start_ingress(load_served_model(config.model.name, card, self.model_dir))
+        # Before the first socket of gRPC: Ray forks with handlers, and a fork beside gRPC's threads may abort the child.
+        node_address = await self.launcher.node_address()
+        await self._start_ingress(load_served_model(config.model.name, card, self.model_dir), node_address)
         self.core = CoreLoop(self.store, settings_of(config), f"core-{secrets.token_hex(4)}")
         core = asyncio.create_task(self.core.run(), name="core")
         core.add_done_callback(self._core_ended)
@@ -120,7 +122,7 @@ class LocalCluster:
         await self._stack.enter_async_context(self.embedded)
         self.store_url = self.embedded.url
 
-    async def _start_ingress(self, model: ServedModel) -> None:
+    async def _start_ingress(self, model: ServedModel, node_address: str) -> None:
         config = self.config
         settings = IngressSettings(
             config=config.ingress,
@@ -130,11 +132,8 @@ class LocalCluster:
             max_queued=config.scheduling.max_queued,
         )
         network = config.network
-        node_address = None
-        if network.bind == "node":
-            node_address = network.advertise_host or await self.launcher.node_address()
         self.ingress = IngressServer(
-            node_address=node_address,
+            node_address=network.advertise_host or node_address,
             settings=settings,
             network=config.network,
             store=self.store,

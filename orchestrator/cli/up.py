@@ -124,7 +124,7 @@ def _announce(cluster: LocalCluster, as_json: bool) -> None:
 
 
 def start_detached(arguments: list[str], config: ClusterConfig) -> None:
-    """Starts the same command in the background; returns when it is ready. Raises UnavailableError with the end of its output."""
+    """Starts the same command in the background; returns when it is ready. Raises UnavailableError with its last output."""
     run_dir = RunDir(config.name)
     run_dir.acquire()  # raises when it runs already; the child takes it over
     run_dir.release()
