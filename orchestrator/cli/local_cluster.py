@@ -17,6 +17,7 @@ from orchestrator.cli.model_source import resolve_model
 from orchestrator.ingress.model import ServedModel, load_served_model
 from orchestrator.ingress.parts import IngressSettings
 from orchestrator.ingress.server import IngressServer
+from orchestrator.ingress.tasks import end_tasks
 from orchestrator.runtime.fleet import Fleet
 from orchestrator.runtime.launcher import Launcher
 from orchestrator.runtime.loop import CoreLoop, settings_of
@@ -106,7 +107,7 @@ class LocalCluster:
         self.core = CoreLoop(self.store, settings_of(config), f"core-{secrets.token_hex(4)}")
         core = asyncio.create_task(self.core.run(), name="core")
         core.add_done_callback(self._core_ended)
-        self._stack.push_async_callback(_cancelled, core)
+        self._stack.push_async_callback(end_tasks, [core])
         self.fleet = Fleet(
             config, self.launcher, self.store, store_url=self.store_url, model_dir=self.model_dir, failpoints=self._failpoints
         )
@@ -151,8 +152,3 @@ class LocalCluster:
         if not task.cancelled() and task.exception() is not None:
             logger.error("the core ended unexpectedly", exc_info=task.exception())
             self._ask_to_stop(0.0)
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

@@ -51,8 +51,8 @@ def test_the_compose_file_and_its_preset_agree() -> None:
         assert offers == [pool.name]
     assert config.ingress.address.startswith("127.0.0.1:"), "no TLS yet: nothing is published"
     assert not any("ports" in service for service in services.values())
-    for name, service in services.items():
-        assert name == "redis" or service["environment"]["RAY_AUTH_MODE"] == "token"
+    for title, service in services.items():
+        assert title == "redis" or service["environment"]["RAY_AUTH_MODE"] == "token"
 
 
 def test_the_image_runs_without_root_and_reports_health() -> None:

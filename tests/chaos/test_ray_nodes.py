@@ -40,7 +40,10 @@ def config_for(nodes: RayNodes, name: str) -> ClusterConfig:
     prefill, decode = values["pools"]
     prefill |= {"ranks": 2, "cpus_per_rank": 0.1, "gpus_per_rank": 1}
     decode |= {"cpus_per_rank": 0.1, "gpus_per_rank": 2}
-    values |= {"launcher": {"kind": "ray", "address": nodes.address}, "network": {"bind": "node", "advertise_host": "127.0.0.1"}}
+    values |= {
+        "launcher": {"kind": "ray", "address": nodes.address},
+        "network": {"bind": "node", "advertise_host": "127.0.0.1"},
+    }
     return ClusterConfig.model_validate(values)
 
 

@@ -10,13 +10,13 @@ class Phase(StrEnum):
     """How far an engine takes a request."""
 
     PREFILL = "prefill"  # compute the prompt, sample one token, keep the KV until `release`
-    FULL = "full"        # prefill and decode here
+    FULL = "full"  # prefill and decode here
 
 
 class FinishReason(StrEnum):
     """Why an engine ended a sequence."""
 
-    STOP = "stop"      # eos or a stop token
+    STOP = "stop"  # eos or a stop token
     LENGTH = "length"  # max_tokens, or the context is full
 
 
@@ -105,7 +105,7 @@ class KvLayout:
     num_layers: int
     row_bytes: int
     dtype: str
-    name: str                      # "gqa:k+v", "mla:latent+rope", "oracle"
+    name: str  # "gqa:k+v", "mla:latent+rope", "oracle"
     target_group_bytes: int = 512 * 1024
 
     @property
@@ -140,7 +140,7 @@ class ModelIdentity:
     architecture: str
     weights_digest: str
     tokenizer_digest: str
-    vocab_size: int         # logits width
+    vocab_size: int  # logits width
     context_tokens: int
     eos_token_ids: tuple[int, ...] = ()
 
@@ -163,12 +163,12 @@ class EngineStats:
     """Counters and gauges of one engine, since its start."""
 
     total_blocks: int = 0
-    used_blocks: int = 0        # referenced
-    cached_blocks: int = 0      # unreferenced, kept for their prefix
+    used_blocks: int = 0  # referenced
+    cached_blocks: int = 0  # unreferenced, kept for their prefix
     free_blocks: int = 0
     waiting: int = 0
     running: int = 0
-    holding: int = 0            # prefilled, KV kept until `release`
+    holding: int = 0  # prefilled, KV kept until `release`
     importing: int = 0
     steps: int = 0
     prefill_chunks: int = 0
@@ -176,7 +176,7 @@ class EngineStats:
     prefix_hit_tokens: int = 0
     decode_tokens: int = 0
     preemptions: int = 0
-    leaked_blocks: int = 0      # referenced blocks that no sequence owns; 0 or a bug
+    leaked_blocks: int = 0  # referenced blocks that no sequence owns; 0 or a bug
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,10 +54,10 @@ def test_the_library_moves_instances_as_the_table_says() -> None:
 
 
 def test_the_states_fall_into_live_and_terminal() -> None:
-    assert LIVE_STATES | TERMINAL_STATES == set(RequestState)
+    assert set(RequestState) == LIVE_STATES | TERMINAL_STATES
     assert not LIVE_STATES & TERMINAL_STATES
-    assert HELD_STATES == LIVE_STATES - {RequestState.QUEUED}
-    assert ALIVE_STATES | GONE_STATES == set(InstanceState)
+    assert LIVE_STATES - {RequestState.QUEUED} == HELD_STATES
+    assert set(InstanceState) == ALIVE_STATES | GONE_STATES
 
 
 def test_the_long_way_of_a_request() -> None:
