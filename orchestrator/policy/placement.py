@@ -54,6 +54,7 @@ class WaitReason(StrEnum):
     NEVER_FITS = "it needs more KV blocks or context than any ready instance has"
     PREFILL_BUSY = "every prefill instance has its window of tokens or blocks filled"
     DECODE_FULL = "no decode instance has the KV blocks or a free sequence"
+    HELD = "the only room is held for an older request that needs more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,9 @@ def place(
     if local is not None:
         name = local.instance.instance_id
         return Placement(name, name, 0, whole_blocks(request, local.capabilities))
-    return _why_not(request, candidates, limits, barred)
+    if barred and isinstance(place(request, candidates, rules), Placement):
+        return WaitReason.HELD
+    return _why_not(request, candidates, limits)
 
 
 def _best_pair(
@@ -154,15 +157,13 @@ def shortest_wait(request: QueuedRequest, candidates: Candidates) -> tuple[Load,
     return split
 
 
-def _why_not(
-    request: QueuedRequest, candidates: Candidates, limits: AdmissionLimits, barred: Collection[InstanceId]
-) -> WaitReason:
+def _why_not(request: QueuedRequest, candidates: Candidates, limits: AdmissionLimits) -> WaitReason:
     if not candidates.decode:
         return WaitReason.NO_DECODE_INSTANCE
     if not candidates.prefill and not candidates.local:
         return WaitReason.NO_PREFILL_INSTANCE
     if shortest_wait(request, candidates) is None:
         return WaitReason.NEVER_FITS
-    if any(has_decode_room(request, load) and load.instance.instance_id not in barred for load in candidates.decode):
+    if any(has_decode_room(request, load) for load in candidates.decode):
         return WaitReason.PREFILL_BUSY
     return WaitReason.DECODE_FULL

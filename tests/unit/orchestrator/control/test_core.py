@@ -81,6 +81,39 @@ def test_a_request_is_assigned_once_and_charged_until_a_view_shows_it() -> None:
     assert world.states() == {"r1": RequestState.ASSIGNED}
 
 
+def view_under_way(world: CoreWorld) -> do.ReadView:
+    """Lets the gap pass, hints, and returns the view that the core asks for."""
+    world.clock.advance(0.01)
+    world.feed(on.Hinted())
+    (view,) = [effect for effect in world.pending if isinstance(effect, VIEW)]
+    return view
+
+
+def test_what_is_under_way_counts_against_the_room_of_later_turns() -> None:
+    world = a_world()
+    for at in range(4):
+        world.submit(a_request(f"r{at}", prompt=240, max_tokens=16))  # they fill the pool of decode-0
+    assert len(assigned(world.answer(view_under_way(world)))) == 4
+    world.submit(a_request("r4"))
+    assert assigned(world.answer(view_under_way(world))) == {}, "the pool looks empty in this view"
+
+
+def test_a_view_that_was_asked_for_before_the_answer_does_not_settle_it() -> None:
+    world = a_world()
+    for at in range(4):
+        world.submit(a_request(f"r{at}", prompt=240, max_tokens=16))
+    world.answer(view_under_way(world))
+    (assign,) = [effect for effect in world.pending if isinstance(effect, ASSIGN)]
+    view = view_under_way(world)
+    seen_before = world.view()
+    world.answer(assign)
+    world.pending.remove(view)
+    assert assigned(world.feed(on.ViewRead(view.number, seen_before))) == {}
+    assert world.core.status.under_way == 4
+    world.answer(view_under_way(world))
+    assert world.core.status.under_way == 0
+
+
 def test_a_refused_assignment_is_free_again_at_once() -> None:
     world = a_world()
     world.submit(a_request("r1"))
@@ -179,6 +212,32 @@ def test_a_refused_leader_stops_deciding_and_asks_again() -> None:
     world.leader = ("", 7)
     assert assigned(world.run(1.0)) == {"r1": ("prefill-0", "decode-0")}
     assert world.core.status.epoch == 8
+
+
+def test_a_reap_that_was_refused_does_not_end_reaping() -> None:
+    world = a_world(lease_s=1.0)
+    world.run(2.0)
+    while not any(isinstance(effect, REAP) for effect in world.pending):
+        world.clock.advance(0.1)
+        world.feed(on.Ticked())
+    world.leader = ("them", 7)
+    world.settle()
+    assert world.core.status.standing is Standing.STANDBY
+    world.leader = ("", 7)
+    assert REAP in kinds(world.run(2.0))
+
+
+def test_a_lease_counts_from_the_question_not_from_the_answer() -> None:
+    world = CoreWorld(CoreSettings(leader_lease_s=3.0))
+    world.feed(on.Ticked())
+    (lead,) = world.pending
+    world.clock.advance(2.0)
+    world.answer(lead)
+    assert world.core.status.standing is Standing.LEADING
+    world.pending.clear()
+    world.clock.advance(1.0)
+    world.feed(on.Ticked())
+    assert world.core.status.standing is Standing.STANDBY
 
 
 def test_a_loss_told_about_an_old_epoch_changes_nothing() -> None:

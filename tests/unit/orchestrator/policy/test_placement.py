@@ -101,8 +101,10 @@ def test_why_a_request_waits(instances: list[InstanceView], request_: QueuedRequ
 
 def test_barred_instances_get_nothing() -> None:
     assert pair(decide([P0, D0, D1], barred=frozenset({"decode-0"}))) == ("prefill-0", "decode-1")
-    assert decide([P0, D0], barred=frozenset({"decode-0"})) is WaitReason.DECODE_FULL
-    assert decide([C0], barred=frozenset({"combined-0"})) is WaitReason.DECODE_FULL
+    assert decide([P0, D0], barred=frozenset({"decode-0"})) is WaitReason.HELD
+    assert decide([C0], barred=frozenset({"combined-0"})) is WaitReason.HELD
+    full = an_instance("decode-0", decode_blocks=60)
+    assert decide([P0, full], barred=frozenset({"decode-0"})) is WaitReason.DECODE_FULL
 
 
 def test_the_shortest_wait_is_at_the_emptiest_pool_that_could_ever_take_it() -> None:
