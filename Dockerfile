@@ -1,8 +1,8 @@
-# One image for every process of a cluster. CPU by default; for GPUs build with
-#   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130
+# One image for every process of a cluster. PyTorch comes from pip's own index unless another one is named:
+#   --build-arg TORCH_INDEX=URL    the index of PyTorch's CPU builds (much smaller) or of one CUDA version
 FROM python:3.11-slim
 
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 
 RUN useradd --create-home --uid 10001 autan \
  && install -d -o autan -g autan /app /var/lib/autan
@@ -16,7 +16,7 @@ ENV AUTAN_HOME=/var/lib/autan \
 # The packages first: they change less often than the code.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN pip install -c constraints.txt setuptools \
- && pip install -c constraints.txt --extra-index-url "$TORCH_INDEX" torch \
+ && pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch \
  && python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]))' \
       > /tmp/requirements.txt \
  && pip install -c constraints.txt -r /tmp/requirements.txt
