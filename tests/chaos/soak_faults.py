@@ -1,0 +1,118 @@
+"""The faults of a soak: each proves that it took effect, and returns when its victim is back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from orchestrator.cli.local_cluster import LocalCluster
+from orchestrator.runtime.launcher import RankState
+from tests.support.cluster import pid_of
+from tests.support.processes import process_state
+from tests.support.worker_world import until
+
+BACK_WITHIN_S = 45.0
+
+
+class Fault(StrEnum):
+    """What happens."""
+
+    KILL = "kill"
+    SHORT_STOP = "short_stop"  # shorter than the lease
+    LONG_STOP = "long_stop"  # longer than the lease: what it holds goes elsewhere
+    FENCED_STOP = "fenced_stop"  # longer than lease and KV lease: it fences itself when it goes on
+    STORE_KILL = "store_kill"
+
+
+WEIGHTS = {Fault.KILL: 45, Fault.SHORT_STOP: 15, Fault.LONG_STOP: 20, Fault.FENCED_STOP: 8, Fault.STORE_KILL: 12}
+DISRUPTIVE = {Fault.KILL, Fault.LONG_STOP, Fault.FENCED_STOP}
+
+
+@dataclass(slots=True)
+class Struck:
+    """One fault that happened."""
+
+    fault: Fault
+    victim: str
+    started_s: float = field(default_factory=time.monotonic)
+    ended_s: float = float("inf")
+
+
+class Faults:
+    """Strikes one victim after the other, by a random sequence of its own."""
+
+    def __init__(self, cluster: LocalCluster, rng: random.Random, victims: list[str], pause_s: tuple[float, float]) -> None:
+        self._cluster = cluster
+        self._rng = rng
+        self._victims = victims
+        self._pause_s = pause_s
+        self.struck: list[Struck] = []
+
+    async def run(self, until_s: float) -> None:
+        """Strikes until the time, in monotonic seconds."""
+        while True:
+            fault = self._rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+            victim = self._rng.choice(self._victims)
+            share, pause_s = self._rng.random(), self._rng.uniform(*self._pause_s)
+            if time.monotonic() + pause_s >= until_s:
+                return
+            await asyncio.sleep(pause_s)
+            await self.strike(fault, victim, share)
+
+    async def strike(self, fault: Fault, victim: str, share: float) -> None:
+        """One fault; `share` in [0, 1) sets how long a stop lasts. Returns when the victim serves again."""
+        timing = self._cluster.config.timing
+        struck = Struck(fault, "store" if fault is Fault.STORE_KILL else victim)
+        self.struck.append(struck)
+        match fault:
+            case Fault.KILL:
+                await self._kill(victim)
+            case Fault.STORE_KILL:
+                await self._kill_store()
+            case Fault.SHORT_STOP:
+                await self._stop(victim, timing.lease_s * (0.1 + 0.4 * share))
+            case Fault.LONG_STOP:
+                await self._stop(victim, timing.lease_s * (1.3 + 0.7 * share))
+            case Fault.FENCED_STOP:
+                await self._stop(victim, timing.lease_s + timing.kv_lease_s * (1.1 + 0.5 * share))
+        struck.ended_s = time.monotonic()
+
+    async def _kill(self, victim: str) -> None:
+        async def runs() -> bool:
+            return (await self._cluster.launcher.alive())[victim][0].state is RankState.RUNNING
+
+        await until(runs, f"{victim} runs", BACK_WITHIN_S)
+        before = (await self._cluster.launcher.alive())[victim][0]
+        os.kill(before.pid, signal.SIGKILL)
+        await until(lambda: process_state(before.pid) == "", f"{victim} is dead", 5.0)
+
+        async def runs_again() -> bool:
+            rank = (await self._cluster.launcher.alive())[victim][0]
+            return rank.state is RankState.RUNNING and rank.pid != before.pid and rank.restarts > before.restarts
+
+        await until(runs_again, f"{victim} is started again", BACK_WITHIN_S)
+
+    async def _stop(self, victim: str, seconds: float) -> None:
+        pid = await pid_of(self._cluster, victim)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await until(lambda: process_state(pid) == "T", f"{victim} stands", 5.0)
+            await asyncio.sleep(seconds)
+            assert process_state(pid) == "T", f"{victim} stood for {seconds} s"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await until(lambda: process_state(pid) != "T", f"{victim} goes on", 5.0)
+
+    async def _kill_store(self) -> None:
+        store = self._cluster.embedded
+        assert store is not None
+        await until(lambda: store.server_pid != 0, "the store runs", BACK_WITHIN_S)
+        pid, starts = store.server_pid, store.starts
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: process_state(pid) == "", "the store is dead", 5.0)
+        await until(lambda: store.starts > starts and store.server_pid not in (0, pid), "the store is back", BACK_WITHIN_S)
