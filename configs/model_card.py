@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.native_params import NATIVE_PARAMS, config_from_params, layout_of_folder
 from configs.schema.pools import ModelConfig
 from protos.contract.errors import ModelError
 
@@ -76,14 +77,18 @@ def card_of(model: ModelConfig, model_dir: Path | None) -> ModelCard:
 
 
 def read_model_card(model_dir: Path) -> ModelCard:
-    """Reads config.json, generation_config.json, tokenizer.json and the chat template of a checkpoint folder.
+    """Reads config.json (or params.json), generation_config.json, tokenizer.json and the chat template of a folder.
 
     Raises ModelError, naming the path and what to do, for a missing or malformed file and for an unknown architecture.
     """
     if not model_dir.is_dir():
         raise ModelError(f"{model_dir}: no such folder; give the folder that holds config.json and the weights")
     path = model_dir / "config.json"
-    outer = _read_json(path)
+    if layout_of_folder(model_dir) == "native":
+        path = model_dir / NATIVE_PARAMS
+        outer = config_from_params(_read_json(path), str(path))
+    else:
+        outer = _read_json(path)
     architecture, text = _text_config(path, outer)
     context_tokens = _integer(path, text, "max_position_embeddings", 16)
     if architecture == "mistral4":
@@ -96,7 +101,7 @@ def read_model_card(model_dir: Path) -> ModelCard:
         vocab_size=vocab_size,
         context_tokens=context_tokens,
         num_layers=_integer(path, text, "num_hidden_layers", 1),
-        eos_token_ids=_eos_token_ids(model_dir, outer, text, vocab_size),
+        eos_token_ids=_eos_token_ids(path, outer, text, vocab_size),
         bos_token_id=_optional_id(path, text if text.get("bos_token_id") is not None else outer, "bos_token_id", vocab_size),
         has_tokenizer=has_tokenizer,
         chat_template=template,
@@ -117,9 +122,8 @@ def _text_config(path: Path, outer: Mapping[str, Any]) -> tuple[str, Mapping[str
     return kind, text
 
 
-def _eos_token_ids(model_dir: Path, outer: Mapping[str, Any], text: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
-    generation = model_dir / "generation_config.json"
-    config = model_dir / "config.json"
+def _eos_token_ids(config: Path, outer: Mapping[str, Any], text: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    generation = config.parent / "generation_config.json"
     sources = [(config, text), (config, outer)]
     if generation.is_file():
         sources.insert(0, (generation, _read_json(generation)))

@@ -29,7 +29,7 @@ class NetworkConfig(Section):
     """
 
     bind: Literal["loopback", "node"] = "loopback"
-    advertise_host: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    advertise_host: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\[\]-]{1,253}$")] | None = None
     insecure: bool = False
     max_message_bytes: Bytes = 8 * 1024 * 1024
     frame_bytes: Bytes = 512 * 1024
