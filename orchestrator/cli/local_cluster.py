@@ -7,11 +7,13 @@ import logging
 import secrets
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
 
-from configs.model_card import card_of
+from configs.capacity import held_tokens
+from configs.model_card import ModelCard, card_of
 from configs.schema.cluster import ClusterConfig
 from orchestrator.cli.model_source import resolve_model
 from orchestrator.ingress.model import ServedModel, load_served_model
@@ -94,7 +96,7 @@ class LocalCluster:
         self._stack.callback(self.run_dir.release)
         self._progress(f"model: {config.model.name} ({config.model.source})")
         self.model_dir = await resolve_model(config.model, self._progress)
-        card = self.card = card_of(config.model, self.model_dir)
+        card = self.card = self._served_card()
         await self._start_store()
         self.store = await Store.connect(self.store_url, config.name, config.store.timeout_s, config.timing.retain_s)
         self._stack.push_async_callback(self.store.close)
@@ -113,6 +115,15 @@ class LocalCluster:
         )
         await self.fleet.start(self._progress)
         self.run_dir.publish(self.endpoint, autan_version())
+
+    def _served_card(self) -> ModelCard:
+        """The model's card with the context that the pools can hold: a longer request is refused, not left waiting."""
+        card = card_of(self.config.model, self.model_dir)
+        held = held_tokens(self.config.pools)
+        if held >= card.context_tokens:
+            return card
+        self._progress(f"context: {held} tokens, which the KV blocks hold; the model has {card.context_tokens}")
+        return replace(card, context_tokens=held)
 
     async def _start_store(self) -> None:
         if self.config.store.url is not None:

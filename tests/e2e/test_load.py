@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from orchestrator.client import AsyncClient
-from protos.contract.errors import QueueFull
+from protos.contract.errors import PromptTooLong, QueueFull
 from tests.support.cluster import (
     assert_right,
     expected_output,
@@ -46,6 +46,20 @@ def test_two_hundred_requests_at_once() -> None:
             assert all(one.stats.unacked_tokens == 0 for one in status.instances)
 
     run(body(), 55.0)
+
+
+def test_a_request_that_no_instance_could_ever_hold_is_refused_at_once() -> None:
+    config = oracle_config("small", engine={"num_blocks": 8})
+
+    async def body() -> None:
+        async with running(config) as (_, client):
+            prompt = random_prompt(1, 500)
+            with pytest.raises(PromptTooLong, match="at most 12 are left"):
+                await watch(client, prompt, 13)
+            assert_right(await watch(client, prompt, 12), expected_output(config, prompt, 12))
+            await no_block_left(client)
+
+    run(body())
 
 
 async def _peaks(client: AsyncClient) -> None:
