@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from configs.capacity import held_tokens
 from configs.model_card import ModelCard, card_of
@@ -107,13 +107,12 @@ class LocalCluster:
         node_address = await self.launcher.node_address()
         await self._start_ingress(load_served_model(config.model.name, card, self.model_dir), node_address)
         self.core = CoreLoop(self.store, settings_of(config), f"core-{secrets.token_hex(4)}")
-        core = asyncio.create_task(self.core.run(), name="core")
-        core.add_done_callback(self._core_ended)
-        self._stack.push_async_callback(end_tasks, [core])
+        self._run("core", self.core.run())
         self.fleet = Fleet(
             config, self.launcher, self.store, store_url=self.store_url, model_dir=self.model_dir, failpoints=self._failpoints
         )
         await self.fleet.start(self._progress)
+        self._run("fleet", self.fleet.keep_watch())
         self.run_dir.publish(self.endpoint, autan_version())
 
     def _served_card(self) -> ModelCard:
@@ -159,7 +158,13 @@ class LocalCluster:
         self.stop_grace_s = grace_s
         self.stop_requested.set()
 
-    def _core_ended(self, task: asyncio.Task[None]) -> None:
+    def _run(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Runs something for the life of the cluster; when it fails the cluster stops instead of limping on."""
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._task_ended)
+        self._stack.push_async_callback(end_tasks, [task])
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
-            logger.error("the core ended unexpectedly", exc_info=task.exception())
+            logger.error("%s ended unexpectedly", task.get_name(), exc_info=task.exception())
             self._ask_to_stop(0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from orchestrator.store.client import Store
 from orchestrator.store.replies import InstanceRecord
 from protos.contract.errors import NoInstance
 
+logger = logging.getLogger(__name__)
+
 _POLL_S = 0.1
+_WATCH_S = 2.0
 _LOG_LINES = 20
 
 Progress = Callable[[str], None]
@@ -115,6 +119,22 @@ class Fleet:
             if waiting:
                 await self._must_go_on(waiting, records, deadline_s)
                 await asyncio.sleep(_POLL_S)
+
+    async def keep_watch(self) -> None:
+        """Looks after the instances until it is cancelled: logs what changes, and shows the launcher's breaker the deaths."""
+        known: dict[tuple[str, int], RankState] = {}
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            try:
+                ranks = [rank for group in (await self._launcher.alive()).values() for rank in group]
+            except Exception:  # placement may be away (Ray's head is gone); requests go on without it
+                logger.warning("the launcher does not tell how the workers are", exc_info=True)
+                continue
+            for rank in ranks:
+                key = (rank.instance_id, rank.rank)
+                if known.get(key, RankState.RUNNING) is not rank.state:
+                    logger.warning("%s rank %d is %s: %s", *key, rank.state, rank.detail or f"{rank.restarts} restarts")
+                known[key] = rank.state
 
     async def _must_go_on(self, waiting: Mapping[str, int], records: Mapping[str, InstanceRecord], deadline_s: float) -> None:
         ranks = await self._launcher.alive()
