@@ -41,13 +41,23 @@ def tiny(
     kind: Annotated[str, typer.Argument(help="mistral-small-4, llama or mistral.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    layout: Annotated[str, typer.Option(help="hf, or native: params.json and consolidated*.safetensors.")] = "hf",
+    weights: Annotated[str, typer.Option("--format", help="fp32, bf16, fp8, nvfp4, int8 or int4.")] = "fp32",
+    shards: Annotated[int, typer.Option(help="Number of weight files.")] = 1,
+    dims: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A value of the configuration.")] = None,
     as_json: Json = False,
 ) -> None:
     """Writes a random toy checkpoint in the published file format."""
-    run_tool(["tiny", kind, str(out), "--seed", str(seed), *(["--json"] if as_json else [])])
+    chosen = ["--seed", str(seed), "--layout", layout, "--format", weights, "--shards", str(shards)]
+    for assignment in dims or []:
+        chosen += ["--set", assignment]
+    run_tool(["tiny", kind, str(out), *chosen, *(["--json"] if as_json else [])])
 
 
 @app.command("inspect")
-def inspect(directory: Annotated[Path, typer.Argument(metavar="DIR")], as_json: Json = False) -> None:
-    """Prints architecture, parameter counts and KV bytes per token of a checkpoint folder."""
-    run_tool(["inspect", str(directory), *(["--json"] if as_json else [])])
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="DIR|PRESET", help="A checkpoint folder, or mistral-small-4.")],
+    as_json: Json = False,
+) -> None:
+    """Prints architecture, parameter counts, bytes per format and KV bytes per token of a checkpoint or a preset."""
+    run_tool(["inspect", model, *(["--json"] if as_json else [])])

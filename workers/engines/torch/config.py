@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.native_params import NATIVE_PARAMS, config_from_params, layout_of_folder
 from protos.contract.errors import ModelError
 from workers.engines.torch.config_rope import RopeConfig, read_rope
 from workers.engines.torch.config_section import ConfigSection
+
+AUTAN_METHOD = "autan-weight-only"  # quant_method of the project's own int8 and int4 weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,28 +97,41 @@ DecoderConfig = DenseConfig | Mistral4Config
 
 
 def read_config(model_dir: Path) -> DecoderConfig:
-    """Reads `config.json` of a checkpoint folder. Raises ModelError that names the key at fault."""
+    """Reads `config.json` or `params.json` of a checkpoint folder. Raises ModelError that names the key at fault."""
+    raw, where = read_raw_config(model_dir)
+    return parse_config(raw, where)
+
+
+def read_raw_config(model_dir: Path) -> tuple[dict[str, Any], str]:
+    """The configuration in the words of config.json, and the file it is from. Raises ModelError."""
+    if layout_of_folder(model_dir) == "native":
+        path = model_dir / NATIVE_PARAMS
+        return config_from_params(_json_object(path), str(path)), str(path)
     path = model_dir / "config.json"
+    return _json_object(path), str(path)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ModelError(f"{model_dir} is not a checkpoint folder: it has no config.json") from None
+        raise ModelError(f"{path.parent} is not a checkpoint folder: it has no {path.name}") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ModelError(f"{path}: expected an object, found {type(raw).__name__}")
-    return parse_config(raw, str(path))
+    return raw
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """The decoder that the mapping describes. Raises ModelError that names the key at fault."""
     outer = ConfigSection(raw, where)
-    outer.refuse_unless("quantization_config", None, "only unquantised weights are supported")
+    _check_quantization(outer)
     model_type = outer.text("model_type")
     inner = outer
     if model_type == "mistral3":
         inner = outer.section("text_config")
-        inner.refuse_unless("quantization_config", None, "only unquantised weights are supported")
+        _check_quantization(inner)
         model_type = inner.text("model_type")
     if model_type in ("llama", "mistral"):
         return _dense(outer, inner, model_type)
@@ -124,6 +140,23 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderC
     raise inner.error(
         "model_type", f"{model_type!r} is not supported (llama, mistral, mistral4, or mistral3 around one of them)"
     )
+
+
+def _check_quantization(section: ConfigSection) -> None:
+    """Refuses schemes that the loader does not decode; the tensors themselves say which of the others applies."""
+    if not section.has("quantization_config"):
+        return
+    found = section.section("quantization_config")
+    method = found.text("quant_method")
+    if method == "fp8":
+        found.refuse_unless("weight_block_size", None, "only one scale per tensor is")
+        if found.text("activation_scheme", "dynamic") != "static":
+            raise found.error("activation_scheme", "only static is supported, with one scale per tensor")
+    elif method == "compressed-tensors":
+        if found.text("format") != "nvfp4-pack-quantized":
+            raise found.error("format", f"{found.text('format')!r} is not supported; only 'nvfp4-pack-quantized' is")
+    elif method != AUTAN_METHOD:
+        raise found.error("quant_method", f"{method!r} is not supported; fp8, compressed-tensors and {AUTAN_METHOD} are")
 
 
 def _common_refusals(inner: ConfigSection) -> None:
@@ -143,7 +176,8 @@ def _dense(outer: ConfigSection, inner: ConfigSection, model_type: str) -> Dense
     kv_heads = inner.optional_integer("num_key_value_heads") or heads
     if heads % kv_heads:
         raise inner.error("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
-    rope = read_rope(inner, dim=head_dim, interleaved=False, kinds=("default", "llama3"))
+    interleaved = inner.flag("rope_interleave", False)
+    rope = read_rope(inner, dim=head_dim, interleaved=interleaved, kinds=("default", "llama3"))
     return DenseConfig(
         architecture=f"dense:{model_type}",
         vocab_size=inner.integer("vocab_size"),

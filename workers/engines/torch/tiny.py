@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from configs.native_params import Layout
 from protos.contract.errors import ModelError
 from workers.engines.torch.config import DecoderConfig, parse_config
 from workers.engines.torch.models.registry import shapes_of
+from workers.engines.torch.tiny_files import (
+    Encoding,
+    encode_tensors,
+    native_name,
+    native_params,
+    pairwise_rows,
+    quantization_config,
+    write_weights,
+)
 from workers.engines.torch.tokenizer_files import byte_tokenizer_files, write_json
 
 KINDS = ("mistral-small-4", "llama", "mistral")
@@ -85,11 +94,21 @@ _DENSE: dict[str, Any] = {
 }
 
 
-def write_tiny(kind: str, out_dir: Path, seed: int, **dims: Any) -> Path:
+def write_tiny(
+    kind: str,
+    out_dir: Path,
+    seed: int,
+    *,
+    layout: Layout = "hf",
+    encoding: Encoding = "fp32",
+    shards: int = 1,
+    **dims: Any,
+) -> Path:
     """Writes a checkpoint of the kind with random weights and a byte-level tokenizer; returns `out_dir`.
 
-    `dims` replace values of the text configuration. Equal arguments give equal files. Raises ModelError for an unknown
-    kind or key, for values that do not fit each other, and when `out_dir` exists; it appears whole or not at all.
+    `dims` replace values of the text configuration. Equal arguments give equal files, and equal seeds equal weights
+    before encoding in every layout. Raises ModelError for an unknown kind or key, for values that do not fit each
+    other, and when `out_dir` exists; it appears whole or not at all.
     """
     if out_dir.exists():
         raise ModelError(f"{out_dir}: exists already; give a new folder or remove this one")
@@ -97,22 +116,39 @@ def write_tiny(kind: str, out_dir: Path, seed: int, **dims: Any) -> Path:
     config = parse_config(raw, f"tiny {kind}")
     if config.vocab_size < _NUM_SPECIAL + _NUM_BYTES:
         raise ModelError(f"tiny {kind}: vocab_size: needs at least {_NUM_SPECIAL + _NUM_BYTES} for the byte-level tokenizer")
-    prefix = "language_model." if kind == "mistral-small-4" else ""
+    if layout == "native" and kind == "llama":
+        raise ModelError("tiny llama: there is no native layout of it; mistral and mistral-small-4 have one")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
-        tensors = {prefix + name: tensor for name, tensor in random_tensors(config, seed).items()}
-        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-        write_json(staging / "config.json", raw)
+        _write_model(staging, raw, config, seed, layout, encoding, shards)
         write_json(staging / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11})
         for name, content in byte_tokenizer_files(config.vocab_size, _NUM_SPECIAL).items():
             write_json(staging / name, content)
-        (staging / "model.safetensors").chmod(0o644)
         staging.chmod(0o755)
         staging.rename(out_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return out_dir
+
+
+def _write_model(
+    folder: Path, raw: dict[str, Any], config: DecoderConfig, seed: int, layout: Layout, encoding: Encoding, shards: int
+) -> None:
+    tensors = random_tensors(config, seed)
+    if layout == "native":
+        stored = encode_tensors(pairwise_rows(tensors, config), layout, encoding)
+        write_weights(folder, {native_name(name): tensor for name, tensor in stored.items()}, layout, shards)
+        write_json(folder / "params.json", native_params(raw.get("text_config", raw), encoding))
+        return
+    prefix = "language_model." if raw["model_type"] == "mistral3" else ""
+    stored = encode_tensors(tensors, layout, encoding)
+    write_weights(folder, {prefix + name: tensor for name, tensor in stored.items()}, layout, shards)
+    if encoding != "fp32":
+        raw = {**raw, "torch_dtype": "bfloat16"}
+    if quantization := quantization_config(encoding):
+        raw = {**raw, "quantization_config": quantization}
+    write_json(folder / "config.json", raw)
 
 
 def random_tensors(config: DecoderConfig, seed: int) -> dict[str, Tensor]:

@@ -1,133 +1,113 @@
-"""Checkpoint folders in the safetensors format: which tensors they hold, loading them, and their digest."""
+"""Loading the tensors of a checkpoint folder, whatever its layout and number format, and naming its weights."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from protos.contract.errors import ModelError
+from workers.engines.torch.stored_tensors import Entry, Piece, Shards, list_entries, place_tensors, shard_paths
+from workers.engines.torch.tensor_names import Shape
 
-Shapes = dict[str, tuple[int, ...]]
+__all__ = ["Checkpoint", "Progress", "Shapes", "check_checkpoint", "open_checkpoint", "shard_paths", "silent", "weights_digest"]
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_RENAMED = (
-    ("language_model.model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "model."),
-)
-# The text decoder needs neither the image encoder nor buffers that old exporters saved.
-_IGNORED_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
-_DTYPES = ("F32", "BF16", "F16")
+Shapes = dict[str, Shape]
+Progress = Callable[[str, int, int], None]
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _SHOWN_PROBLEMS = 12
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
 
 
-class Checkpoint:
-    """The tensors of one open checkpoint, under their names without a wrapper's prefix."""
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
-    def __init__(self, places: dict[str, tuple[Any, str]], dtype: torch.dtype, device: torch.device) -> None:
+
+class Checkpoint:
+    """The tensors of one open checkpoint, under their names without a wrapper's prefix.
+
+    Host memory stays below what has been taken plus one shard: tensors are copied out of the mapped file one by one,
+    and no tensor keeps a file mapped.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        places: Mapping[str, list[Piece]],
+        shapes: Shapes,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress = silent,
+    ) -> None:
+        self._shards = shards
         self._places = places
+        self._shapes = shapes
         self._dtype = dtype
         self._device = device
+        self._progress = progress
+        self._done_bytes = 0
+        self._total_bytes = sum(piece.stored_bytes for pieces in places.values() for piece in pieces)
 
     def take(self, name: str) -> Tensor:
-        """One tensor in the engine's dtype on its device."""
-        file, stored_name = self._places[name]
-        tensor: Tensor = file.get_tensor(stored_name)
-        return tensor.to(device=self._device, dtype=self._dtype)
+        """One tensor in the engine's dtype on its device. Calls progress("weights", bytes done, bytes in all)."""
+        pieces = self._places[name]
+        if len(pieces) == 1 and pieces[0].expert is None:
+            tensor = self._whole(name, pieces[0])
+        else:
+            tensor = torch.empty(self._shapes[name], dtype=self._dtype, device=self._device)
+            for piece in pieces:
+                rows = self._shards.read(piece)
+                assert piece.expert is not None
+                tensor[piece.expert, piece.first_row : piece.first_row + rows.shape[0]] = rows.to(self._device)
+        self._done_bytes += sum(piece.stored_bytes for piece in pieces)
+        self._progress("weights", self._done_bytes, self._total_bytes)
+        return tensor
 
-
-def shard_paths(model_dir: Path) -> list[Path]:
-    """The weight files in a fixed order. Raises ModelError when there are none or the index names a missing one."""
-    index = model_dir / _INDEX
-    if not index.is_file():
-        single = model_dir / _SINGLE
-        if not single.is_file():
-            raise ModelError(f"{model_dir}: has no weights (neither {_SINGLE} nor {_INDEX}); copy the whole checkpoint folder")
-        return [single]
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: is no index of safetensors shards ({error!r}); restore the file") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError(f"{index}: {name!r} is no file name; restore the file")
-        if not (model_dir / name).is_file():
-            raise ModelError(f"{model_dir / name}: missing, but {_INDEX} names it; copy the whole checkpoint folder")
-    return [model_dir / name for name in names]
+    def _whole(self, name: str, piece: Piece) -> Tensor:
+        shape = self._shapes[name]
+        if piece.kind == "plain" or len(shape) < 3:
+            return self._shards.read(piece).to(device=self._device, dtype=self._dtype, copy=True)
+        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        for index in range(shape[0]):
+            tensor[index] = self._shards.read(piece, index).to(self._device)
+        return tensor
 
 
 @contextmanager
-def open_checkpoint(model_dir: Path, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[Checkpoint]:
+def open_checkpoint(
+    model_dir: Path, shapes: Shapes, dtype: torch.dtype, device: torch.device, progress: Progress = silent
+) -> Iterator[Checkpoint]:
     """Opens the shards for reading. Raises ModelError, before anything is loaded, that names every tensor at fault."""
-    with ExitStack() as stack:
-        places: dict[str, tuple[Any, str]] = {}
-        problems: list[str] = []
-        for path in shard_paths(model_dir):
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path}: is no readable safetensors file ({error}); copy it again") from error
-            for stored_name in sorted(file.keys()):
-                name = _plain_name(stored_name)
-                if name is None:
-                    continue
-                if name in places:
-                    problems.append(f"{name} occurs twice")
-                places[name] = (file, stored_name)
-        problems += _compare(places, shapes)
+    entries, problems = list_entries(model_dir)
+    shards = Shards()
+    try:
+        if _HEAD in entries and _HEAD not in shapes:
+            problems += _compare_tied(shards, entries)
+        places, found = place_tensors(entries, shapes)
+        problems += found
         if problems:
             shown = "; ".join(problems[:_SHOWN_PROBLEMS])
             more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-            raise ModelError(f"{model_dir}: the tensors do not fit config.json: {shown}{more}")
-        yield Checkpoint(places, dtype, device)
+            raise ModelError(f"{model_dir}: the tensors do not fit the configuration: {shown}{more}")
+        yield Checkpoint(shards, places, shapes, dtype, device, progress)
+    finally:
+        shards.close()
 
 
-def _plain_name(stored_name: str) -> str | None:
-    if stored_name.startswith(_IGNORED_PREFIXES) or stored_name.endswith(_IGNORED_SUFFIXES):
-        return None
-    for prefix, replacement in _RENAMED:
-        if stored_name.startswith(prefix):
-            return replacement + stored_name[len(prefix) :]
-    return stored_name
-
-
-def _compare(places: dict[str, tuple[Any, str]], shapes: Shapes) -> list[str]:
-    problems = [f"{name} is missing" for name in shapes if name not in places]
-    for name, (file, stored_name) in places.items():
-        if name == "lm_head.weight" and name not in shapes:
-            # Some exporters write the tied head a second time.
-            if not torch.equal(file.get_tensor(stored_name), _stored(places, "model.embed_tokens.weight")):
-                problems.append("lm_head.weight differs from model.embed_tokens.weight though tie_word_embeddings is true")
-            continue
-        if name not in shapes:
-            problems.append(f"{name} is not part of the model")
-            continue
-        stored = file.get_slice(stored_name)
-        if tuple(stored.get_shape()) != shapes[name]:
-            problems.append(f"{name} has shape {list(stored.get_shape())} instead of {list(shapes[name])}")
-        if stored.get_dtype() not in _DTYPES:
-            problems.append(f"{name} has dtype {stored.get_dtype()}, not one of {', '.join(_DTYPES)}")
-    return problems
-
-
-def _stored(places: dict[str, tuple[Any, str]], name: str) -> Tensor:
-    if name not in places:
-        return torch.empty(0)
-    file, stored_name = places[name]
-    tensor: Tensor = file.get_tensor(stored_name)
-    return tensor
+def _compare_tied(shards: Shards, entries: dict[str, Entry]) -> list[str]:
+    """Some exporters write the tied head a second time; drops that copy from the entries when it is one."""
+    head, embedding = entries.pop(_HEAD), entries.get(_EMBEDDING)
+    if embedding is not None:
+        first = shards.read(Piece("plain", (embedding,)))
+        if torch.equal(first, shards.read(Piece("plain", (head,)))):
+            return []
+    return [f"{_HEAD} differs from {_EMBEDDING} though tie_word_embeddings is true"]
 
 
 def weights_digest(model_dir: Path) -> str:

@@ -10,7 +10,7 @@ from workers.engines.torch.config import DecoderConfig, DenseConfig
 from workers.engines.torch.models.decoder import Decoder
 from workers.engines.torch.models.dense import DenseDecoder
 from workers.engines.torch.models.mistral4 import Mistral4Decoder
-from workers.engines.torch.weights import Shapes, open_checkpoint
+from workers.engines.torch.weights import Progress, Shapes, open_checkpoint, silent
 
 
 def shapes_of(config: DecoderConfig) -> Shapes:
@@ -18,9 +18,15 @@ def shapes_of(config: DecoderConfig) -> Shapes:
     return DenseDecoder.shapes(config) if isinstance(config, DenseConfig) else Mistral4Decoder.shapes(config)
 
 
-def load_decoder(config: DecoderConfig, model_dir: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """Loads the weights. Raises ModelError that names every missing, extra and misshapen tensor."""
-    with open_checkpoint(model_dir, shapes_of(config), dtype, device) as checkpoint:
+def load_decoder(
+    config: DecoderConfig,
+    model_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress = silent,
+) -> Decoder:
+    """Loads the weights, with progress. Raises ModelError that names every missing, extra and misshapen tensor."""
+    with open_checkpoint(model_dir, shapes_of(config), dtype, device, progress) as checkpoint:
         if isinstance(config, DenseConfig):
             return DenseDecoder(config, checkpoint)
         return Mistral4Decoder(config, checkpoint)
