@@ -15,7 +15,7 @@ import grpc.aio
 from configs import env
 from orchestrator.client.endpoint import find_endpoint
 from orchestrator.client.messages import Accepted, Completion, Delta, Event, Finished, Turn, event_of, generate_request
-from protos.contract.errors import AutanError, ClusterUnreachable, PeerUnavailable, UnavailableError
+from protos.contract.errors import AutanError, ClusterUnreachable, PeerUnavailable, UnavailableError, UnknownRequest
 from protos.rpc import admin_pb2_grpc, error_of, inference_pb2_grpc, open_channel
 from protos.wire import admin, inference
 
@@ -134,6 +134,7 @@ class AsyncClient:
         """One stream over as many connections as it takes. `request` is sent until it is accepted; then it is resumed."""
         unsent, next_index, announced = request, from_index, False
         attempt, progress_at_s = 0, time.monotonic()
+        broken: UnavailableError | None = None
         while True:
             try:
                 async with aclosing(self._events(unsent, request_id, next_index)) as events:
@@ -152,7 +153,12 @@ class AsyncClient:
                         if isinstance(event, Finished):
                             return
                 raise PeerUnavailable(f"{self.endpoint}: the stream of {request_id} broke off")
+            except UnknownRequest as error:
+                if broken is not None and announced:
+                    raise broken from error  # accepted, then lost: the break says why
+                raise
             except UnavailableError as error:
+                broken = error
                 delay_s = max(error.retry_after_s, min(_BACKOFF_S[1], _BACKOFF_S[0] * 2**attempt))
                 if time.monotonic() + delay_s - progress_at_s > self._retry_s:
                     raise self._unreachable(error) from error

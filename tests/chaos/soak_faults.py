@@ -27,10 +27,14 @@ class Fault(StrEnum):
     LONG_STOP = "long_stop"  # longer than the lease: what it holds goes elsewhere
     FENCED_STOP = "fenced_stop"  # longer than lease and KV lease: it fences itself when it goes on
     STORE_KILL = "store_kill"
+    STORE_STOP = "store_stop"  # Redis is there and does not answer
+    HANG = "hang"  # the orchestrator does nothing for longer than its leases
 
 
-WEIGHTS = {Fault.KILL: 45, Fault.SHORT_STOP: 15, Fault.LONG_STOP: 20, Fault.FENCED_STOP: 8, Fault.STORE_KILL: 12}
-DISRUPTIVE = {Fault.KILL, Fault.LONG_STOP, Fault.FENCED_STOP}
+WORKER_WEIGHTS = {Fault.KILL: 50, Fault.SHORT_STOP: 15, Fault.LONG_STOP: 25, Fault.FENCED_STOP: 10}
+CENTRAL_WEIGHTS = {Fault.STORE_KILL: 40, Fault.STORE_STOP: 40, Fault.HANG: 20}
+DISRUPTIVE = {Fault.KILL, Fault.LONG_STOP, Fault.FENCED_STOP, Fault.STORE_STOP, Fault.STORE_KILL}
+STORE_FAULTS = {Fault.STORE_KILL, Fault.STORE_STOP}
 
 
 @dataclass(slots=True)
@@ -43,20 +47,35 @@ class Struck:
     ended_s: float = float("inf")
 
 
+def hang(seconds: float) -> None:
+    """Holds the whole event loop, and with it the orchestrator and the clients."""
+    time.sleep(seconds)
+
+
 class Faults:
     """Strikes one victim after the other, by a random sequence of its own."""
 
-    def __init__(self, cluster: LocalCluster, rng: random.Random, victims: list[str], pause_s: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        rng: random.Random,
+        weights: dict[Fault, int],
+        victims: list[str],
+        pause_s: tuple[float, float],
+        struck: list[Struck],
+    ) -> None:
+        """`struck` is where all sequences of a run note what they did."""
         self._cluster = cluster
         self._rng = rng
+        self._weights = weights
         self._victims = victims
         self._pause_s = pause_s
-        self.struck: list[Struck] = []
+        self._struck = struck
 
     async def run(self, until_s: float) -> None:
         """Strikes until the time, in monotonic seconds."""
         while True:
-            fault = self._rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+            fault = self._rng.choices(list(self._weights), list(self._weights.values()))[0]
             victim = self._rng.choice(self._victims)
             share, pause_s = self._rng.random(), self._rng.uniform(*self._pause_s)
             if time.monotonic() + pause_s >= until_s:
@@ -67,13 +86,17 @@ class Faults:
     async def strike(self, fault: Fault, victim: str, share: float) -> None:
         """One fault; `share` in [0, 1) sets how long a stop lasts. Returns when the victim serves again."""
         timing = self._cluster.config.timing
-        struck = Struck(fault, "store" if fault is Fault.STORE_KILL else victim)
-        self.struck.append(struck)
+        struck = Struck(fault, victim)
+        self._struck.append(struck)
         match fault:
             case Fault.KILL:
                 await self._kill(victim)
             case Fault.STORE_KILL:
                 await self._kill_store()
+            case Fault.STORE_STOP:
+                await self._stop_store(self._cluster.config.store.timeout_s * (0.5 + 3.0 * share))
+            case Fault.HANG:
+                hang(max(timing.leader_lease_s, timing.lease_s) * (1.1 + 0.5 * share))
             case Fault.SHORT_STOP:
                 await self._stop(victim, timing.lease_s * (0.1 + 0.4 * share))
             case Fault.LONG_STOP:
@@ -98,7 +121,9 @@ class Faults:
         await until(runs_again, f"{victim} is started again", BACK_WITHIN_S)
 
     async def _stop(self, victim: str, seconds: float) -> None:
-        pid = await pid_of(self._cluster, victim)
+        await self._stop_process(await pid_of(self._cluster, victim), victim, seconds)
+
+    async def _stop_process(self, pid: int, victim: str, seconds: float) -> None:
         os.kill(pid, signal.SIGSTOP)
         try:
             await until(lambda: process_state(pid) == "T", f"{victim} stands", 5.0)
@@ -107,6 +132,12 @@ class Faults:
         finally:
             os.kill(pid, signal.SIGCONT)
         await until(lambda: process_state(pid) != "T", f"{victim} goes on", 5.0)
+
+    async def _stop_store(self, seconds: float) -> None:
+        store = self._cluster.embedded
+        assert store is not None
+        await until(lambda: store.server_pid != 0, "the store runs", BACK_WITHIN_S)
+        await self._stop_process(store.server_pid, "the store", seconds)
 
     async def _kill_store(self) -> None:
         store = self._cluster.embedded

@@ -22,6 +22,7 @@ from protos.contract.errors import (
     InvalidRequest,
     PromptTooLong,
     RequestConflict,
+    StoreUnavailable,
     UnknownRequest,
 )
 from tests.support.ingress_worker import expected_tokens
@@ -108,6 +109,21 @@ def test_a_stream_goes_on_over_a_new_ingress(fresh_store: FreshStore) -> None:
         await reading
         assert token_ids(events) == expected_tokens(5, 20)
         assert world.ingress.parts.metrics.value("requests_adopted") == 1
+
+    run(fresh_store, scenario)
+
+
+def test_a_request_that_redis_lost_ends_with_the_reason(fresh_store: FreshStore) -> None:
+    async def scenario(world: World, client: AsyncClient) -> None:
+        world.worker.allow(3)
+        raw = fresh_store.raw()
+        try:
+            with pytest.raises(StoreUnavailable, match="has lost request"):
+                async for event in client.generate("hello", max_tokens=20):
+                    if isinstance(event, Delta):
+                        raw.redis.flushdb()
+        finally:
+            raw.close()
 
     run(fresh_store, scenario)
 

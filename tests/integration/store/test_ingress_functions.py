@@ -106,6 +106,17 @@ def test_cancel_ends_every_live_state_fences_and_revokes(world: World) -> None:
         assert world.cancel(id) == ["DUPLICATE", "CANCELLED"]
 
 
+def test_an_ingress_that_stops_waiting_at_the_deadline_expires_the_request(world: World) -> None:
+    """Whoever asks later is told the same as the client that waited."""
+    for name in "pd":
+        world.instance(name)
+    world.decoding("r")
+    assert world.call(Fn.CANCEL, "r", "", "deadline", LONG_MS) == ["OK", "EXPIRED"]
+    assert world.look("r")[0] == "EXPIRED"
+    assert [told[:2] for told in world.told("d")][-1] == ("revoke", "r")
+    assert world.cancel("r") == ["DUPLICATE", "EXPIRED"]
+
+
 def test_cancel_of_a_foreign_or_unknown_request_is_gone(world: World) -> None:
     world.submit("r")
     assert world.cancel("r", tenant="rival") == ["GONE"]
