@@ -169,9 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--format", choices=ENCODINGS, default="fp32", help="number format of the weights")
     found.add_argument("--shards", type=int, default=1, help="weight files")
     found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a value of the text configuration")
-    found = commands.add_parser(
-        "inspect", parents=[common], help="check a folder, or take a preset, and print its facts"
-    )
+    found = commands.add_parser("inspect", parents=[common], help="check a folder, or take a preset, and print its facts")
     found.add_argument("model", metavar="DIR|PRESET")
     return parser
 
