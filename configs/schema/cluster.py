@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from configs.address import parse_address
-from configs.schema.base import Name, Seconds, Section, refusal
+from configs.schema.base import Line, Name, Seconds, Section, refusal
 from configs.schema.network import IngressConfig, NetworkConfig
 from configs.schema.pools import ModelConfig, PoolConfig
 
@@ -26,7 +26,7 @@ class LauncherConfig(Section):
     """What starts the workers: `ray` on this or many nodes, `subprocess` on this one without Ray."""
 
     kind: Literal["ray", "subprocess"] = "ray"
-    address: str | None = None  # of an existing Ray cluster; none: a local one
+    address: Line | None = None  # of an existing Ray cluster; none: a local one
     num_cpus: Annotated[int, Field(ge=1, le=4096)] | None = None
     object_store_mb: Annotated[int, Field(ge=80, le=1_048_576)] = 96
     start_timeout_s: Seconds = 120.0

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from configs.address import parse_address
-from configs.schema.base import Section
+from configs.schema.base import Line, Section
 
 Bytes = Annotated[int, Field(ge=1024, le=1 << 30)]
 
@@ -42,7 +42,7 @@ class IngressConfig(Section):
     """The front door: `host:port` (port 0 takes a free one) or `unix:///path`."""
 
     address: Listen = "127.0.0.1:50600"
-    keys_file: str | None = None
+    keys_file: Line | None = None
     max_streams: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     max_buffered_tokens: Annotated[int, Field(ge=16, le=10_000_000)] = 4096
     default_max_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 256

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from configs.schema.base import Name, Section
+from configs.schema.base import Line, Name, Section
 
 
 class ModelConfig(Section):
@@ -17,7 +17,7 @@ class ModelConfig(Section):
     """
 
     name: Name
-    source: Annotated[str, Field(min_length=1, max_length=4096)]
+    source: Line
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     context_tokens: Annotated[int, Field(ge=16, le=1_048_576)] | None = None
     deterministic: bool = False

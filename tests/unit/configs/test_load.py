@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from configs.load import dump_effective, load_bytes, load_cluster, preset_names, preset_path
 from configs.schema.cluster import ClusterConfig, LauncherConfig, SchedulingConfig, StoreConfig, TimingConfig
@@ -18,7 +19,7 @@ from protos.contract.errors import ConfigError
 
 NAMES = st.text(string.ascii_letters + string.digits + "_.-", min_size=1, max_size=64)
 SECONDS = st.floats(1e-3, 86_400)
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40)
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp")), min_size=1, max_size=40)
 TRICKY = st.sampled_from(
     ["on", "null", "~", "1e9", "0o17", "007", ".5", "2026-01-01", "1:30", "=", "<<", "a: b", "# x", " lead"]
 )
@@ -73,6 +74,12 @@ def clusters(draw: Any) -> ClusterConfig:
 @settings(max_examples=60, deadline=None)
 def test_what_is_written_out_reads_back_equal(config: ClusterConfig) -> None:
     assert load_bytes(dump_effective(config).encode(), "F") == config
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\x85", "\u2028", "\0"])
+def test_a_path_is_one_line(line_break: str) -> None:
+    with pytest.raises(ValidationError):
+        ModelConfig(name="m", source=f"/models/a{line_break}b")
 
 
 @pytest.mark.parametrize("name", preset_names())
