@@ -280,7 +280,12 @@ def test_a_request_of_a_lost_worker_goes_on_with_the_next_epoch(fresh_store: Fre
         await until(lambda: len(answer.ids) == 5, "five tokens came")
         stale = world.worker.jobs["r-1"]
         world.worker.answers = False
-        await until(lambda: world.worker.jobs["r-1"].epoch > stale.epoch, "the lease lapsed and it is assigned again")
+
+        def is_again_assigned() -> bool:
+            job = world.worker.jobs.get("r-1")
+            return job is not None and job.epoch > stale.epoch
+
+        await until(is_again_assigned, "the lease lapsed and it is assigned again")
         world.worker.answers = True
         # The old holder comes back with a token of its own: it is refused, and told so.
         world.worker.allow(7)
