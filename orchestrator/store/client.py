@@ -14,11 +14,11 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from orchestrator.store import decode, replies
-from orchestrator.store.cancellation import cancellable
 from orchestrator.store.connection import guarded, is_function_missing, open_redis
 from orchestrator.store.decode import Cursor, chunks
 from orchestrator.store.hints import subscribe
 from orchestrator.store.library import load_library
+from protos.cancellation import cancellable
 from protos.contract.redis_names import Code, Fn, base_key
 
 # Bounds of one call in the library; larger batches are sent as several calls.

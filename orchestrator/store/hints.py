@@ -10,8 +10,8 @@ from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError, RedisError
 
-from orchestrator.store.cancellation import cancellable
 from orchestrator.store.connection import open_redis
+from protos.cancellation import cancellable
 
 FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 1.0

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from redis.exceptions import RedisError
 
+from protos.cancellation import cancellable
 from protos.contract.errors import AutanError, StaleIncarnation
-from workers.service.cancellation import cancellable
 from workers.service.store import InboxEntry, WorkerStore
 
 logger = logging.getLogger(__name__)

@@ -22,12 +22,12 @@ from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
 
+from protos.cancellation import cancellable
 from protos.contract.errors import AutanError, InternalError, StaleEpoch, StaleIncarnation, StoreFull, StoreUnavailable
 from protos.contract.redis_names import Code, Fn, InboxKind, base_key, instance_channel
 from protos.wire import error_to_wire
 from protos.wire import store as records
 from workers.kv_transfer.sender import Holder
-from workers.service.cancellation import cancellable
 
 _AWAY = ("MISCONF", "BUSY", "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS")
 _NO_FUNCTION = "function not found"

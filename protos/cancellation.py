@@ -1,4 +1,4 @@
-"""Cancellation that cannot get lost."""
+"""Calls to Redis whose cancellation cannot get lost, for both sides."""
 
 from __future__ import annotations
 
