@@ -157,20 +157,20 @@ def test_progress_reaches_the_bytes_of_all_tensors(tmp_path: Path) -> None:
 
 
 PEAK = """
-import resource, sys, torch
+import re, sys, torch
 from pathlib import Path
 from workers.engines.torch.config import read_config
 from workers.engines.torch.models.registry import load_decoder
 from tests.support.torch_models import a_runner
 a_runner(Path(sys.argv[2])).close()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()
 decoder = load_decoder(read_config(Path(sys.argv[1])), Path(sys.argv[1]), getattr(torch, sys.argv[3]), torch.device("cpu"))
 print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("encoding", "dtype"), [("bf16", "bfloat16"), ("fp8", "bfloat16")])
+@pytest.mark.parametrize(("encoding", "dtype"), [("bf16", "bfloat16")])
 def test_peak_memory_is_the_loaded_size_and_one_shard(encoding: Any, dtype: str, tmp_path: Path, tiny_mistral4: Path) -> None:
     big: dict[str, Any] = {"hidden_size": 1024, "moe_intermediate_size": 512, "n_routed_experts": 8, "num_hidden_layers": 4}
     folder = write_tiny(KIND, tmp_path / "m", 1, encoding=encoding, layout="native", shards=8, **big)
