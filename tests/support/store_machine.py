@@ -23,6 +23,7 @@ class Request:
     state: str = "QUEUED"
     epoch: int = 0
     journal: list[int] = field(default_factory=list)
+    known: int = 0  # tokens in the journal when it was assigned last
     attempts: int = 0
     p: tuple[str, int] | None = None
     d: tuple[str, int] | None = None
