@@ -62,8 +62,7 @@ async def _run(config: ClusterConfig, max_tokens: int) -> dict[str, Any]:
         stderr.print(f"[{time.monotonic() - started_s:5.1f} s] {text}", markup=False)
 
     run_dir = RunDir(config.name)
-    run_dir.acquire()
-    run_dir.release()
+    run_dir.prepare()
     configure_logging(run_dir.logs / "orchestrator.log")
     async with LocalCluster(config, make_launcher, progress=progress) as cluster:
         async with AsyncClient(cluster.endpoint) as client:

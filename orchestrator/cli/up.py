@@ -75,8 +75,7 @@ def configure_logging(path: Path | None) -> None:
 async def serve(config: ClusterConfig, as_json: bool) -> None:
     """Runs the cluster until a signal or an operator ends it. The first signal drains, the second one stops at once."""
     run_dir = RunDir(config.name)
-    run_dir.acquire()
-    run_dir.release()
+    run_dir.prepare()
     configure_logging(run_dir.logs / "orchestrator.log")
     started_s = time.monotonic()
 
@@ -126,8 +125,7 @@ def _announce(cluster: LocalCluster, as_json: bool) -> None:
 def start_detached(arguments: list[str], config: ClusterConfig) -> None:
     """Starts the same command in the background; returns when it is ready. Raises UnavailableError with its last output."""
     run_dir = RunDir(config.name)
-    run_dir.acquire()  # raises when it runs already; the child takes it over
-    run_dir.release()
+    run_dir.prepare()
     log = run_dir.logs / "up.log"
     with log.open("wb") as out:
         child = subprocess.Popen(

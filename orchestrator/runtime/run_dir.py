@@ -67,6 +67,11 @@ class RunDir:
         os.write(descriptor, str(os.getpid()).encode())
         self._lock = descriptor
 
+    def prepare(self) -> None:
+        """Makes the folders, for logs that begin before the lock is held. Raises ConfigError like `acquire`; takes nothing."""
+        self.acquire()
+        self.release()
+
     def publish(self, endpoint: str, version: str) -> None:
         """Writes the run file whole or not at all."""
         temporary = self.run_file.with_suffix(".tmp")
