@@ -13,8 +13,10 @@ from tests.support.torch_models import LogitsProbe, a_runner, feed, random_token
 from workers.engines.torch import reference
 from workers.engines.torch.config import Mistral4Config, parse_config, read_config
 from workers.engines.torch.config_rope import RopeConfig
-from workers.engines.torch.forward_batch import DecodePart, PrefillPart
+from workers.engines.torch.forward_batch import PrefillPart
 from workers.engines.torch.layers import mla
+from workers.engines.torch.layers.experts import PlainExperts
+from workers.engines.torch.layers.linear import PlainLinear
 from workers.engines.torch.layers.mlp import MlpWeights
 from workers.engines.torch.layers.moe import MoeRule, MoeWeights, moe
 from workers.engines.torch.layers.rope import inverse_frequencies, query_scale, rope_tables, rotate
@@ -82,9 +84,8 @@ def test_experts_sorted_against_experts_in_a_loop(experts: int, per_token: int, 
     gate, up, down = (tensors[f"{prefix}shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down"))
     weights = MoeWeights(
         router=tensors[prefix + "gate.weight"],
-        gate_up=tensors[prefix + "experts.gate_up_proj"],
-        down=tensors[prefix + "experts.down_proj"],
-        shared=MlpWeights(torch.cat((gate, up)), down),
+        experts=PlainExperts(tensors[prefix + "experts.gate_up_proj"], tensors[prefix + "experts.down_proj"]),
+        shared=MlpWeights(PlainLinear(torch.cat((gate, up))), PlainLinear(down)),
     )
     x = torch.randn(37, config.hidden_size, generator=torch.Generator().manual_seed(1))
     wide = {name: tensor.double() for name, tensor in tensors.items()}
@@ -107,8 +108,7 @@ def test_absorbed_and_expanded_attention_against_the_plain_one() -> None:
     mask = torch.zeros(3, 23, dtype=torch.bool)
     for index, part in enumerate(rows):
         padded[index, : len(part)], mask[index, : len(part)] = part, True
-    group = DecodePart(torch.arange(3), torch.empty(0, dtype=torch.int64), mask)
-    last = mla.absorbed(torch.stack([query[-1] for query in queries]), padded.flatten(0, 1), group, weights)
+    last = mla.absorbed(torch.stack([query[-1] for query in queries]), padded, mask, weights)
     for index, (row, query) in enumerate(zip(rows, queries, strict=True)):
         plain = torch.empty(len(row), heads, value, dtype=torch.float64)
         for head in range(heads):
@@ -118,7 +118,7 @@ def test_absorbed_and_expanded_attention_against_the_plain_one() -> None:
             plain[:, head] = reference.attention(query[:, head].double(), key, up[:, nope:], scale)
         torch.testing.assert_close(last[index].double(), plain[-1], atol=1e-5, rtol=0)
         for start in (0, len(row) // 2):
-            part = PrefillPart(0, len(row) - start, start, torch.empty(0, dtype=torch.int64))
+            part = PrefillPart(0, len(row) - start, start, torch.empty(0, dtype=torch.int32))
             chunk = mla.expanded(query[start:], row, part, weights)
             torch.testing.assert_close(chunk.double(), plain[start:], atol=1e-5, rtol=0)
 

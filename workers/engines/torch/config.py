@@ -32,6 +32,7 @@ class DenseConfig:
     max_positions: int
     tie_word_embeddings: bool
     rope: RopeConfig
+    window_tokens: int | None = None  # a row sees so many tokens, its own included; None: all before it
 
     @property
     def kv_row_values(self) -> int:

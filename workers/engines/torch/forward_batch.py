@@ -1,4 +1,4 @@
-"""One step as tensors: all rows of all slices side by side, and who attends to which rows of the pool."""
+"""One step as tensors: all rows of all slices side by side, and where in the pool each sequence lies."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ class PrefillPart:
     first: int
     count: int
     start: int
-    context: Tensor  # rows of the pool, [start + count]
+    block_table: Tensor  # [blocks], int32; blocks in logical order, enough for start + count tokens
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePart:
-    """Slices of one row each and similar length, padded to the longest."""
+    """The leading slices of one row each: rows `[0, B)` of the batch."""
 
-    rows: Tensor  # rows of the batch, [B]
-    context: Tensor  # rows of the pool, [B * L]
-    mask: Tensor | None  # [B, L], true where a key is real; None when all are
+    block_tables: Tensor  # [B, widest], int32; short tables end with the pool's block of zeros
+    lengths: Tensor  # [B], int32; tokens that each row sees, its own included
+    lengths_list: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """B."""
+        return len(self.lengths_list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,62 +45,50 @@ class ForwardBatch:
     positions: Tensor  # [T]
     slots: Tensor  # rows of the pool that the batch writes, [T]
     prefills: tuple[PrefillPart, ...]
-    decodes: tuple[DecodePart, ...]
-    sample_rows: Tensor  # rows of the batch whose logits are wanted, [S]
+    decodes: DecodePart | None
+    sample_rows: Tensor | None  # rows of the batch whose logits are wanted, [S]; None when all are
 
 
 def build_batch(slices: Sequence[Slice], cache: KvCache, device: torch.device) -> ForwardBatch:
-    """Lays out the slices in order; padding only occurs among decodes of similar length."""
+    """Lays out the slices in order. The batcher puts decodes first; a chunk of one row behind a longer one is a prefill."""
     token_ids: list[int] = []
     positions: list[Rows] = []
     slots: list[Rows] = []
     prefills: list[PrefillPart] = []
-    decodes: list[tuple[int, Rows]] = []
+    decodes: list[Slice] = []
     sample_rows: list[int] = []
     for piece in slices:
         first, end = len(token_ids), piece.start + piece.count
-        context = cache.row_index(piece.block_table, end)
         token_ids.extend(piece.tokens[piece.start : end])
-        positions.append(np.arange(piece.start, end, dtype=np.int64))
-        slots.append(context[piece.start :])
-        if piece.count == 1:
-            decodes.append((first, context))
+        rows = np.arange(piece.start, end, dtype=np.int64)
+        positions.append(rows)
+        slots.append(cache.slots_of(piece.block_table, rows))
+        if piece.count == 1 and not prefills:
+            decodes.append(piece)
         else:
-            prefills.append(PrefillPart(first, piece.count, piece.start, torch.from_numpy(context).to(device)))
+            table = np.asarray(piece.block_table[: cache.blocks_for(end)], dtype=np.int32)
+            prefills.append(PrefillPart(first, piece.count, piece.start, torch.from_numpy(table).to(device)))
         if piece.sample:
             sample_rows.append(len(token_ids) - 1)
+    every = len(sample_rows) == len(token_ids)
     return ForwardBatch(
         token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
         positions=torch.from_numpy(np.concatenate(positions)).to(device),
         slots=torch.from_numpy(np.concatenate(slots)).to(device),
         prefills=tuple(prefills),
-        decodes=tuple(_decode_part(group, cache.padding_row, device) for group in _similar_lengths(decodes)),
-        sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
+        decodes=_decode_part(decodes, cache, device) if decodes else None,
+        sample_rows=None if every else torch.tensor(sample_rows, dtype=torch.int64, device=device),
     )
 
 
-def _similar_lengths(decodes: list[tuple[int, Rows]]) -> list[list[tuple[int, Rows]]]:
-    """Groups by length so that no group wastes more than a third of its reads on padding."""
-    groups: list[list[tuple[int, Rows]]] = []
-    for entry in sorted(decodes, key=lambda entry: -len(entry[1])):
-        if groups and 3 * len(entry[1]) >= 2 * len(groups[-1][0][1]):
-            groups[-1].append(entry)
-        else:
-            groups.append([entry])
-    return groups
-
-
-def _decode_part(group: list[tuple[int, Rows]], padding_row: int, device: torch.device) -> DecodePart:
-    longest = len(group[0][1])
-    lengths = np.array([len(context) for _, context in group])
-    context = np.full((len(group), longest), padding_row, dtype=np.int64)
-    for row, (_, real) in enumerate(group):
-        context[row, : len(real)] = real
-    mask = None
-    if lengths.min() != longest:
-        mask = torch.from_numpy(np.arange(longest) < lengths[:, None]).to(device)
+def _decode_part(decodes: list[Slice], cache: KvCache, device: torch.device) -> DecodePart:
+    lengths = np.array([piece.start + 1 for piece in decodes], dtype=np.int32)
+    tables = np.full((len(decodes), cache.blocks_for(int(lengths.max()))), cache.num_blocks, dtype=np.int32)
+    for row, piece in enumerate(decodes):
+        used = cache.blocks_for(piece.start + 1)
+        tables[row, :used] = piece.block_table[:used]
     return DecodePart(
-        rows=torch.tensor([row for row, _ in group], dtype=torch.int64, device=device),
-        context=torch.from_numpy(context.reshape(-1)).to(device),
-        mask=mask,
+        block_tables=torch.from_numpy(tables).to(device),
+        lengths=torch.from_numpy(lengths).to(device),
+        lengths_list=tuple(lengths.tolist()),
     )

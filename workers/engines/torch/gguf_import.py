@@ -18,7 +18,7 @@ from torch import Tensor
 
 from protos.contract.errors import ModelError
 from workers.engines.torch.config import DenseConfig, parse_config
-from workers.engines.torch.models.dense import DenseDecoder
+from workers.engines.torch.models.dense_weights import dense_shapes
 from workers.engines.torch.tokenizer_files import byte_level_bpe, write_json
 
 _SPECIAL = 3  # token type of control tokens
@@ -63,7 +63,7 @@ def convert_gguf(source: Path, out_dir: Path, progress: Progress) -> None:
         tensors[name] = tensor
         progress("tensors", len(tensors), len(reader.tensors))
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = DenseDecoder.shapes(config)
+    expected = dense_shapes(config)
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         raise ModelError(f"{source}: the tensors do not fit the metadata: {', '.join(wrong[:12])}")

@@ -20,7 +20,7 @@ Rows = npt.NDArray[np.int64]
 
 
 class KvCache:
-    """The pool and the addresses in it. One block beyond `num_blocks` stays zero: padding of batched reads points there."""
+    """The pool and the addresses in it. The block `num_blocks` stays zero: short block tables end with it."""
 
     def __init__(self, layout: KvLayout, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.layout = layout
@@ -37,24 +37,29 @@ class KvCache:
         else:
             self._rows = torch.zeros(shape, dtype=dtype, device=device)
 
-    @property
-    def padding_row(self) -> int:
-        """A row that is zero in every layer."""
-        return self.num_blocks * self._block_rows
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-num_tokens // self.layout.block_tokens)
 
-    def row_index(self, block_table: Sequence[int], num_tokens: int) -> Rows:
-        """The rows of tokens `[0, num_tokens)` of a sequence."""
+    def slots_of(self, block_table: Sequence[int], positions: Rows) -> Rows:
+        """The row index of each position of a sequence."""
         tokens = self.layout.block_tokens
-        blocks = np.asarray(block_table[: -(-num_tokens // tokens)], dtype=np.int64) * self._block_rows
-        return (blocks[:, None] + np.arange(tokens, dtype=np.int64)).reshape(-1)[:num_tokens]
+        first = int(positions[0]) // tokens
+        blocks = np.asarray(block_table[first : int(positions[-1]) // tokens + 1], dtype=np.int64) * self._block_rows
+        return blocks[positions // tokens - first] + positions % tokens
+
+    @property
+    def blocks(self) -> Tensor:
+        """The pool, [num_blocks + 1, layers, block_tokens, row]."""
+        return self._rows.view(-1, self.layout.num_layers, self.layout.block_tokens, self._rows.shape[-1])
 
     def store(self, layer: int, slots: Tensor, rows: Tensor) -> None:
         """Writes one row for each slot."""
         self._layer(layer).index_copy_(0, slots, rows)
 
-    def load(self, layer: int, index: Tensor) -> Tensor:
-        """A copy of the rows of a 1-d index, `[len(index), row]`."""
-        return self._layer(layer).index_select(0, index)
+    def load(self, layer: int, blocks: Tensor) -> Tensor:
+        """A copy of all rows of these blocks, [len(blocks), block_tokens, row]; the rows of one sequence if it is a table."""
+        return self.blocks[:, layer].index_select(0, blocks)
 
     def read(self, block_id: int, group: int) -> memoryview:
         """The bytes of one layer group: a read-only view on a CPU, a copy from other devices."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,14 +12,27 @@ import xxhash
 from torch import Tensor
 
 from protos.contract.errors import ModelError
+from workers.engines.torch.layers.experts import Experts, PlainExperts
+from workers.engines.torch.layers.linear import Linear, PlainLinear
 from workers.engines.torch.stored_tensors import Entry, Piece, Shards, list_entries, place_tensors, shard_paths
 from workers.engines.torch.tensor_names import Shape
 
-__all__ = ["Checkpoint", "Progress", "Shapes", "check_checkpoint", "open_checkpoint", "shard_paths", "silent", "weights_digest"]
+__all__ = [
+    "WHOLE",
+    "Checkpoint",
+    "Progress",
+    "Shapes",
+    "check_checkpoint",
+    "open_checkpoint",
+    "shard_paths",
+    "silent",
+    "weights_digest",
+]
 
 Shapes = dict[str, Shape]
 Progress = Callable[[str, int, int], None]
 
+WHOLE = slice(None)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _SHOWN_PROBLEMS = 12
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
@@ -53,6 +66,22 @@ class Checkpoint:
         self._progress = progress
         self._done_bytes = 0
         self._total_bytes = sum(piece.stored_bytes for pieces in places.values() for piece in pieces)
+
+    def linear(self, *names: str, rows: slice = WHOLE, columns: slice = WHOLE) -> Linear:
+        """The weights fused by rows; of each only these rows and columns."""
+        return self._linear([self.take(name)[rows, columns] for name in names])
+
+    def fused(self, parts: Sequence[tuple[str, slice]]) -> Linear:
+        """Some rows of each of several weights, one below the other."""
+        return self._linear([self.take(name)[rows] for name, rows in parts])
+
+    def _linear(self, parts: list[Tensor]) -> Linear:
+        return PlainLinear(torch.cat(parts) if len(parts) > 1 else parts[0].contiguous())
+
+    def experts(self, prefix: str, held: slice) -> Experts:
+        """The routed experts `held` of one layer."""
+        gate_up, down = (self.take(prefix + name)[held].contiguous() for name in ("gate_up_proj", "down_proj"))
+        return PlainExperts(gate_up, down, held.start or 0)
 
     def take(self, name: str) -> Tensor:
         """One tensor in the engine's dtype on its device. Calls progress("weights", bytes done, bytes in all)."""

@@ -18,11 +18,12 @@ def cache() -> KvCache:
 
 def test_bytes_of_a_block_are_layers_of_tokens_of_rows(cache: KvCache) -> None:
     """What the layout promises, checked against rows stored through a scattered table."""
-    index = torch.from_numpy(cache.row_index((5, 2), 7))
+    index = torch.from_numpy(cache.slots_of((5, 2), np.arange(7)))
+    table = torch.tensor([5, 2], dtype=torch.int32)
     stored = torch.arange(5 * 7 * 3, dtype=torch.float32).view(5, 7, 3)
     for layer in range(5):
         cache.store(layer, index, stored[layer])
-        assert torch.equal(cache.load(layer, index), stored[layer])
+        assert torch.equal(cache.load(layer, table).flatten(0, 1)[:7], stored[layer])
     for logical, block in enumerate((5, 2)):
         raw = b"".join(cache.read(block, group) for group in range(LAYOUT.num_groups))
         assert len(raw) == LAYOUT.block_bytes
@@ -37,9 +38,9 @@ def test_reading_is_a_view_and_writing_is_seen_by_layers(cache: KvCache) -> None
     assert view.readonly
     cache.write(3, 1, 48, memoryview(np.full(12, 7, dtype=np.float32)))
     assert np.frombuffer(view, dtype=np.float32).tolist() == [0.0] * 12 + [7.0] * 12
-    index = torch.from_numpy(cache.row_index((3,), 4))
-    assert cache.load(3, index).eq(7).all()
-    assert not cache.load(2, index).any()
+    table = torch.tensor([3])
+    assert cache.load(3, table).eq(7).all()
+    assert not cache.load(2, table).any()
 
 
 @pytest.mark.parametrize(
@@ -54,11 +55,11 @@ def test_writes_outside_a_group_are_refused_and_change_nothing(
     assert not any(any(cache.read(known, part)) for known in range(6) for part in range(3))
 
 
-def test_the_padding_row_stays_zero(cache: KvCache) -> None:
-    every = torch.from_numpy(cache.row_index(tuple(range(6)), 24))
+def test_the_padding_block_stays_zero(cache: KvCache) -> None:
+    every = torch.from_numpy(cache.slots_of(tuple(range(6)), np.arange(24)))
     for layer in range(5):
         cache.store(layer, every, torch.ones(24, 3))
-        assert not cache.load(layer, torch.tensor([cache.padding_row])).any()
+        assert not cache.load(layer, torch.tensor([cache.num_blocks])).any()
 
 
 def test_close_is_idempotent_and_leaves_views_readable(cache: KvCache) -> None:

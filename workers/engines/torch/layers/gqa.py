@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.engines.torch.forward_batch import DecodePart, ForwardBatch, PrefillPart
+from workers.engines.torch.forward_batch import ForwardBatch, PrefillPart
 from workers.engines.torch.kv_cache import KvCache
-from workers.engines.torch.layers.masks import causal_mask
+from workers.engines.torch.layers.masks import causal_mask, sequences
 
 
 def attend(q: Tensor, layer: int, cache: KvCache, batch: ForwardBatch, num_kv_heads: int) -> Tensor:
@@ -20,9 +20,12 @@ def attend(q: Tensor, layer: int, cache: KvCache, batch: ForwardBatch, num_kv_he
     out = torch.empty_like(q)
     for part in batch.prefills:
         rows = slice(part.first, part.first + part.count)
-        out[rows] = _prefill(q[rows], cache.load(layer, part.context), part, num_kv_heads)
-    for group in batch.decodes:
-        out[group.rows] = _decode(q[group.rows], cache.load(layer, group.context), group, num_kv_heads)
+        context = cache.load(layer, part.block_table).flatten(0, 1)[: part.start + part.count]
+        out[rows] = _prefill(q[rows], context, part, num_kv_heads)
+    if batch.decodes is not None:
+        group = batch.decodes
+        context, mask = sequences(cache, layer, group)
+        out[: group.count] = _decode(q[: group.count], context, mask, num_kv_heads)
     return out.flatten(1)
 
 
@@ -41,10 +44,10 @@ def _prefill(q: Tensor, rows: Tensor, part: PrefillPart, num_kv_heads: int) -> T
     return out.permute(2, 0, 1, 3).reshape(count, num_heads, dim)
 
 
-def _decode(q: Tensor, rows: Tensor, group: DecodePart, num_kv_heads: int) -> Tensor:
+def _decode(q: Tensor, rows: Tensor, mask: Tensor, num_kv_heads: int) -> Tensor:
     size, num_heads, dim = q.shape
     keys, values = rows.view(size, -1, 2, num_kv_heads, dim).permute(2, 0, 3, 1, 4).unbind(0)
-    mask = None if group.mask is None else group.mask[:, None, None, :]
     # The query heads of a group are rows of one small matrix.
     grouped = q.view(size, num_kv_heads, num_heads // num_kv_heads, dim)
-    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(size, num_heads, dim)
+    attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask[:, None, None, :])
+    return attended.reshape(size, num_heads, dim)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.engines.torch.forward_batch import DecodePart, ForwardBatch, PrefillPart
+from workers.engines.torch.forward_batch import ForwardBatch, PrefillPart
 from workers.engines.torch.kv_cache import KvCache
-from workers.engines.torch.layers.masks import causal_mask
+from workers.engines.torch.layers.masks import causal_mask, sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,12 @@ def attend(q: Tensor, layer: int, cache: KvCache, batch: ForwardBatch, heads: La
     out = q.new_empty(q.shape[0], num_heads, value_dim)
     for part in batch.prefills:
         rows = slice(part.first, part.first + part.count)
-        out[rows] = expanded(q[rows], cache.load(layer, part.context), part, heads)
-    for group in batch.decodes:
-        out[group.rows] = absorbed(q[group.rows], cache.load(layer, group.context), group, heads)
+        context = cache.load(layer, part.block_table).flatten(0, 1)[: part.start + part.count]
+        out[rows] = expanded(q[rows], context, part, heads)
+    if batch.decodes is not None:
+        group = batch.decodes
+        context, mask = sequences(cache, layer, group)
+        out[: group.count] = absorbed(q[: group.count], context, mask, heads)
     return out.flatten(1)
 
 
@@ -63,14 +66,15 @@ def expanded(q: Tensor, rows: Tensor, part: PrefillPart, heads: LatentHeads) -> 
     return out[0].transpose(0, 1)
 
 
-def absorbed(q: Tensor, rows: Tensor, group: DecodePart, heads: LatentHeads) -> Tensor:
-    """Attention of one row of each of B sequences, [B, N, V], over the latents themselves."""
+def absorbed(q: Tensor, cached: Tensor, mask: Tensor, heads: LatentHeads) -> Tensor:
+    """Attention of one row of each of B sequences, [B, N, V], over the latents themselves, [B, L, R + P].
+
+    mask: [B, L], true where a key is real.
+    """
     _, nope_dim, rank = heads.key.shape
-    cached = rows.view(q.shape[0], -1, rows.shape[-1])
     q_latent = torch.bmm(q[..., :nope_dim].transpose(0, 1), heads.key).transpose(0, 1)
     query = torch.cat((q_latent, q[..., nope_dim:]), dim=-1)
     scores = torch.matmul(query, cached.transpose(1, 2)).float() * q.shape[-1] ** -0.5
-    if group.mask is not None:
-        scores = scores.masked_fill(~group.mask[:, None, :], float("-inf"))
-    mixed = torch.matmul(scores.softmax(-1).to(rows.dtype), cached[..., :rank])
+    scores = scores.masked_fill(~mask[:, None, :], float("-inf"))
+    mixed = torch.matmul(scores.softmax(-1).to(cached.dtype), cached[..., :rank])
     return torch.bmm(mixed.transpose(0, 1), heads.value.transpose(1, 2)).transpose(0, 1)

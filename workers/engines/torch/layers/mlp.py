@@ -7,18 +7,20 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.engines.torch.layers.linear import Linear
+
 
 @dataclass(frozen=True, slots=True)
 class MlpWeights:
-    """Gate and up projection fused by rows, and the down projection."""
+    """Gate and up projection fused by rows, and the down projection; of several ranks each holds a run of F."""
 
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Linear
+    down: Linear
 
 
 def mlp(x: Tensor, weights: MlpWeights) -> Tensor:
-    """down(silu(gate(x)) * up(x))."""
-    return F.linear(gated_silu(F.linear(x, weights.gate_up)), weights.down)
+    """down(silu(gate(x)) * up(x)); of several ranks the sum of all is the result."""
+    return weights.down(gated_silu(weights.gate_up(x)))
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mixture of experts. x: [T, H], router: [E, H], gate_up: [E, 2F, H], down: [E, H, F], k experts per row."""
+"""Mixture of experts. x: [T, H], router: [E, H], k experts per row, plus one shared expert that every row passes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.engines.torch.layers.mlp import MlpWeights, gated_silu, mlp
+from workers.engines.torch.layers.experts import Experts
+from workers.engines.torch.layers.mlp import MlpWeights, mlp
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +17,7 @@ class MoeWeights:
     """Router, routed experts and the shared expert that every row passes."""
 
     router: Tensor
-    gate_up: Tensor
-    down: Tensor
+    experts: Experts
     shared: MlpWeights
 
 
@@ -40,24 +40,6 @@ def route(x: Tensor, router: Tensor, rule: MoeRule) -> tuple[Tensor, Tensor]:
 
 
 def moe(x: Tensor, weights: MoeWeights, rule: MoeRule) -> Tensor:
-    """Routed experts plus the shared one.
-
-    Rows are sorted by expert so that each expert runs once. Each row sums its own k outputs in the order of its
-    ranking, so the sum does not depend on the rest of the batch.
-    """
-    row_weights, experts = route(x, weights.router, rule)
-    order = experts.flatten().argsort(stable=True)
-    rows = order.div(rule.experts_per_token, rounding_mode="floor")
-    counts = torch.bincount(experts.flatten(), minlength=weights.gate_up.shape[0]).tolist()
-    sorted_x = x.index_select(0, rows)
-    outputs = torch.empty_like(sorted_x)
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            part = sorted_x[start : start + count]
-            inner = gated_silu(F.linear(part, weights.gate_up[expert]))
-            outputs[order[start : start + count]] = F.linear(inner, weights.down[expert])
-            start += count
-    per_rank = outputs.view(x.shape[0], rule.experts_per_token, -1)
-    routed = (per_rank * row_weights.to(x.dtype)[..., None]).sum(1)
-    return routed + mlp(x, weights.shared)
+    """Routed experts plus the shared one; of several ranks the sum of all is the result."""
+    row_weights, chosen = route(x, weights.router, rule)
+    return weights.experts(x, chosen, row_weights) + mlp(x, weights.shared)

@@ -6,16 +6,20 @@ from pathlib import Path
 
 import torch
 
+from workers.engines.torch.attention.torch_backend import TorchAttention
 from workers.engines.torch.config import DecoderConfig, DenseConfig
 from workers.engines.torch.models.decoder import Decoder
 from workers.engines.torch.models.dense import DenseDecoder
+from workers.engines.torch.models.dense_weights import dense_shapes, load_dense
 from workers.engines.torch.models.mistral4 import Mistral4Decoder
+from workers.engines.torch.models.mistral4_weights import load_mistral4, mistral4_shapes
+from workers.engines.torch.ranks import SOLO, Ranks
 from workers.engines.torch.weights import Progress, Shapes, open_checkpoint, silent
 
 
 def shapes_of(config: DecoderConfig) -> Shapes:
     """Every tensor of a checkpoint of this configuration, by its name without a wrapper's prefix."""
-    return DenseDecoder.shapes(config) if isinstance(config, DenseConfig) else Mistral4Decoder.shapes(config)
+    return dense_shapes(config) if isinstance(config, DenseConfig) else mistral4_shapes(config)
 
 
 def load_decoder(
@@ -24,9 +28,11 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress = silent,
+    ranks: Ranks = SOLO,
 ) -> Decoder:
-    """Loads the weights, with progress. Raises ModelError that names every missing, extra and misshapen tensor."""
+    """Loads this rank's weights, with progress. Raises ModelError that names every missing, extra and misshapen tensor."""
+    attention = TorchAttention()
     with open_checkpoint(model_dir, shapes_of(config), dtype, device, progress) as checkpoint:
         if isinstance(config, DenseConfig):
-            return DenseDecoder(config, checkpoint)
-        return Mistral4Decoder(config, checkpoint)
+            return DenseDecoder(config, load_dense(config, checkpoint, ranks), attention, ranks)
+        return Mistral4Decoder(config, load_mistral4(config, checkpoint, ranks), attention, ranks)
