@@ -16,11 +16,20 @@ def check_request(request: EngineRequest, identity: ModelIdentity) -> None:
     for what, tokens in (("prompt", request.prompt), ("output", request.output)):
         if not tokens_in_vocabulary(tokens, identity.vocab_size):
             raise InvalidRequest(f"{name}: a token id of the {what} is outside 0..{identity.vocab_size - 1}")
+    _check_sampling(request, identity)
     if len(request.output) >= request.sampling.max_tokens:
         raise InvalidRequest(f"{name}: {len(request.output)} of max_tokens={request.sampling.max_tokens} are there already")
     known = len(request.prompt) + len(request.output)
     if known >= identity.context_tokens:
         raise PromptTooLong(f"{name}: {known} tokens leave no room in a context of {identity.context_tokens}")
+
+
+def _check_sampling(request: EngineRequest, identity: ModelIdentity) -> None:
+    name, sampling = request.request_id, request.sampling
+    if sampling.needs_logits and not identity.has_logits:
+        raise InvalidRequest(f"{name}: model {identity.model} has no logits; leave out penalties, logit_bias and logprobs")
+    if not tokens_in_vocabulary([token_id for token_id, _ in sampling.logit_bias], identity.vocab_size):
+        raise InvalidRequest(f"{name}: a token id of logit_bias is outside 0..{identity.vocab_size - 1}")
 
 
 def tokens_in_vocabulary(tokens: Sequence[int], vocab_size: int) -> bool:

@@ -80,7 +80,7 @@ class StepOutcome:
         assert drawn.token_id is not None
         index = sequence.output_index
         finish = sequence.append(drawn.token_id, self._context_tokens)
-        self._tokens.append(TokenOut(sequence.request_id, sequence.epoch, index, drawn.token_id, finish))
+        self._tokens.append(TokenOut(sequence.request_id, sequence.epoch, index, drawn.token_id, finish, drawn.logprobs))
         if sequence.state is SequenceState.HELD:
             self.left.append(sequence)
         elif finish is not None:

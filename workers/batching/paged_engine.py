@@ -301,6 +301,7 @@ class PagedEngine:
 def _slice(sequence: Sequence, count: int) -> Slice:
     start = sequence.num_computed
     tokens = sequence.tokens
+    sample = start + count == len(tokens)
     return Slice(
         sequence.request_id,
         tokens,
@@ -309,7 +310,8 @@ def _slice(sequence: Sequence, count: int) -> Slice:
         count,
         sequence.table,
         sequence.sampling,
-        start + count == len(tokens),
+        sample,
         len(tokens) - sequence.num_prompt,
         sequence.request.cache_salt,
+        counts=sequence.counts if sample else None,
     )

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from workers.engine_api.types import KvLayout, ModelIdentity, SamplingParams
+from workers.batching.token_counts import TokenCounts
+from workers.engine_api.types import KvLayout, ModelIdentity, SamplingParams, TokenLogprobs
+
+AllowedTokens = Callable[[], memoryview | None]
+"""The tokens that a grammar allows next: `ceil(vocabulary / 32)` int32 words, token `t` at bit `t % 32` of word `t // 32`.
+
+Called once by each step that samples, after the forward pass was started, so that the words may be computed meanwhile; the
+view is read before `run` returns. None allows every token. An AutanError that it raises fails its sequence alone.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,8 @@ class Slice:
     sample: bool
     output_index: int
     cache_salt: bytes = b""
+    allowed: AllowedTokens | None = None  # applied before everything else; None: no grammar
+    counts: TokenCounts | None = None  # of `tokens`, when penalties need them; None: the runner counts for itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,7 @@ class Sampled:
 
     token_id: int | None
     error: str | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class Runner(Protocol):

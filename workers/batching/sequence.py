@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum, auto
 
 from protos.contract.block_hash import next_hash
+from workers.batching.token_counts import TokenCounts
 from workers.engine_api.types import EngineRequest, FinishReason
 
 
@@ -43,7 +44,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "_table", "block_tokens", "blocks", "cached_tokens", "chunks", "epoch", "names", "num_computed", "num_filed",
+        "_counts", "_table", "block_tokens", "blocks", "cached_tokens", "chunks", "epoch", "names", "num_computed", "num_filed",
         "num_prompt", "order", "preempted", "request", "request_id", "root", "sampling", "state", "tokens",
     )  # fmt: skip
 
@@ -66,6 +67,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.names: list[bytes] = []
         self._table: tuple[int, ...] = ()
+        self._counts = TokenCounts(self.num_prompt) if request.sampling.has_penalties else None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -87,6 +89,13 @@ class Sequence:
         if len(self._table) != len(self.blocks):
             self._table = tuple(self.blocks)
         return self._table
+
+    @property
+    def counts(self) -> TokenCounts | None:
+        """How often each known token occurs; None when no penalty asks for it. Counts what was added since the last call."""
+        if self._counts is not None:
+            self._counts.catch_up(self.tokens)
+        return self._counts
 
     def move(self, state: SequenceState) -> None:
         """Goes to another stage. Raises IllegalMove, and changes nothing, when the table has no such step."""

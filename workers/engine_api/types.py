@@ -32,6 +32,21 @@ class SamplingParams:
     seed: int = 0
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()  # eos included unless it is ignored
+    repetition_penalty: float = 1.0  # over prompt and output: a positive logit is divided by it, a negative one multiplied
+    presence_penalty: float = 0.0  # subtracted once from every token of the output
+    frequency_penalty: float = 0.0  # subtracted as often as the token is in the output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), by id, each id once
+    logprobs: int | None = None  # alternatives to report with each token, 0 = only its own; None = no logprobs
+
+    @property
+    def has_penalties(self) -> bool:
+        """True when the tokens so far change the next one beyond their KV."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def needs_logits(self) -> bool:
+        """True when only an engine with real logits can honour it."""
+        return self.has_penalties or bool(self.logit_bias) or self.logprobs is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +67,16 @@ class EngineRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities: log_softmax of the raw logits, before masks, bias, penalties,
+    temperature and filters. `top_ids` fall by logprob, equal ones rise by id."""
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenOut:
     """One sampled token. `index` counts output tokens from 0 over the whole life of the request."""
 
@@ -60,6 +85,7 @@ class TokenOut:
     index: int
     token_id: int
     finish: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None  # when the request asks for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +169,7 @@ class ModelIdentity:
     vocab_size: int  # logits width
     context_tokens: int
     eos_token_ids: tuple[int, ...] = ()
+    has_logits: bool = True  # False: penalties, logit_bias and logprobs are refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

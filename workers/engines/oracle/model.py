@@ -74,6 +74,7 @@ class OracleModel:
             vocab_size=VOCAB_SIZE,
             context_tokens=self.context_tokens,
             eos_token_ids=(EOS,),
+            has_logits=False,
         )
 
     def layout(self, block_tokens: int) -> KvLayout:
