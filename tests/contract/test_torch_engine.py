@@ -16,7 +16,7 @@ from workers.engine_api.protocol import Engine
 from workers.engine_api.types import SamplingParams
 from workers.engines.torch.config import read_config
 from workers.engines.torch.reference import reference_logits
-from workers.engines.torch.sampler import draw
+from workers.engines.torch.sampler_reference import draw
 from workers.engines.torch.tiny import write_tiny
 
 DIMS = {

@@ -12,7 +12,7 @@ from workers.engines.torch.config import DecoderConfig
 from workers.engines.torch.forward_batch import build_batch
 from workers.engines.torch.kv_cache import KvCache
 from workers.engines.torch.models.decoder import Decoder
-from workers.engines.torch.sampler import sample_rows
+from workers.engines.torch.sampler import Sampler
 
 
 def layout_of(config: DecoderConfig, dtype: torch.dtype, block_tokens: int) -> KvLayout:
@@ -43,6 +43,7 @@ class TorchRunner:
         self._identity = identity
         self._device = device
         self._cache = KvCache(layout, num_blocks, dtype, device)
+        self._sampler = Sampler()
 
     @property
     def identity(self) -> ModelIdentity:
@@ -70,9 +71,10 @@ class TorchRunner:
                 build_batch([batch[index] for index in live], self._cache, self._device), self._cache
             )
             drawn = [index for index in live if batch[index].sample]
-            tokens = sample_rows(logits, [(batch[index].sampling, batch[index].output_index) for index in drawn])
-        for index, token in zip(drawn, tokens, strict=True):
-            results[index] = Sampled(token, "the logits are not finite" if token is None else None)
+            if drawn:
+                tokens = self._sampler.sample(logits, [batch[index] for index in drawn])
+                for index, token in zip(drawn, tokens, strict=True):
+                    results[index] = token
         return results
 
     def read_block(self, block_id: int, group: int) -> memoryview:
