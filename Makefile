@@ -4,7 +4,7 @@
 #   make demo    a cluster on this machine answers real prompts, then stops
 #   make test    the tests                      (ARGS="-k epoch" narrows them)
 #   make check   lint, formatting, types, import rules, fresh stubs
-#   make bench   the benchmarks; with ARGS=--list only their names
+#   make bench   the benchmarks; with ARGS=--list only their names; make bench-NAME runs one
 #   make soak    the tests that take minutes
 #   make gen     protos/gen from protos/autan
 #   make clean   removes .venv and caches
@@ -68,7 +68,10 @@ check: $(STAMPS)/dev
 	$(PY) -m protos.generate --check
 
 bench: $(STAMPS)/dev $(STAMPS)/model
-	$(PY) -m tests.bench $(ARGS)
+	TORCH_INDEX=$(TORCH_INDEX) $(PY) -m tests.bench $(ARGS)
+
+bench-%: $(STAMPS)/dev $(STAMPS)/model
+	TORCH_INDEX=$(TORCH_INDEX) $(PY) -m tests.bench $* $(ARGS)
 
 soak: $(STAMPS)/dev $(STAMPS)/model
 	$(PY) -m pytest -m soak $(ARGS)
@@ -77,4 +80,4 @@ gen: $(STAMPS)/dev
 	$(PY) -m protos.generate
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache
+	rm -rf $(VENV) .venv-peers build *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache

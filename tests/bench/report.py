@@ -54,4 +54,12 @@ def publish(name: str, rows: Sequence[Row], **setup: object) -> None:
     document = {"setup": {**machine, **setup}, "rows": [asdict(one) for one in rows]}
     (OUT / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
     for one in rows:
-        print(f"{one.metric:34} {one.case:34} {one.ours:12.2f} {one.unit:12} runs {one.runs}, spread {one.spread:.2f}")
+        print(line(one))
+
+
+def line(one: Row) -> str:
+    """One line of the table; the peer's figure and the ratio follow where there is one."""
+    ours = f"{one.metric:34} {one.case:34} {one.ours:12.2f} {one.unit:12} runs {one.runs}, spread {one.spread:.2f}"
+    if one.peer_value is None or one.ratio is None:
+        return ours + (f"  ({one.peer})" if one.peer else "")
+    return f"{ours}  {one.peer} {one.peer_version}: {one.peer_value:.2f}, ratio {one.ratio:.2f}"

@@ -1,0 +1,71 @@
+"""What the machine can do with some threads: `python -m tests.bench.engine.limits THREADS` prints one JSON object.
+
+Bandwidths in bytes/s, GEMM rates in FLOP/s (2 m n k); the best of several runs, because a limit is what was reached once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+READ_SIZES = {"read_2gib": 2 << 30, "read_269mb": 269_000_000}
+COPY_BYTES = 1 << 30
+GEMM = 2048
+
+
+def measure(threads: int, scale: int = 1, seconds: float = 1.5) -> dict[str, float]:
+    """Every limit; `scale` divides the sizes, `seconds` is the time for each."""
+    import torch
+
+    torch.set_num_threads(threads)
+    limits = {"copy": _copy_rate(COPY_BYTES // scale, seconds)}
+    limits |= {name: _read_rate(size // scale, seconds) for name, size in READ_SIZES.items()}
+    for name, dtype in (("gemm_bf16", torch.bfloat16), ("gemm_fp32", torch.float32)):
+        limits[name] = _gemm_rate(max(GEMM // scale, 16), dtype, seconds)
+    return limits
+
+
+def _copy_rate(size: int, seconds: float) -> float:
+    """Bytes read plus bytes written, as STREAM counts."""
+    import torch
+
+    source = torch.ones(size, dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    return 2 * size / _best_s(lambda: target.copy_(source), seconds)
+
+
+def _read_rate(size: int, seconds: float) -> float:
+    """The better of a matrix-vector product and a sum over fp32 numbers; each reads every byte once."""
+    import torch
+
+    columns = 4096
+    matrix, vector = torch.ones(size // 4 // columns, columns), torch.ones(columns)
+    return matrix.nbytes / min(_best_s(lambda: matrix @ vector, seconds), _best_s(matrix.sum, seconds))
+
+
+def _gemm_rate(side: int, dtype: torch.dtype, seconds: float) -> float:
+    """Square matrices, the second one transposed as weights are."""
+    import torch
+
+    left, right = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
+    return 2 * side**3 / _best_s(lambda: left @ right.T, seconds)
+
+
+def _best_s(work: Callable[[], object], seconds: float) -> float:
+    work()
+    best_s, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started_s = time.perf_counter()
+        work()
+        best_s = min(best_s, time.perf_counter() - started_s)
+    return best_s
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]))))
