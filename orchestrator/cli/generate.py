@@ -14,6 +14,7 @@ from orchestrator.cli.connect import Cluster, Json, with_client
 from orchestrator.cli.output import print_json
 from orchestrator.client import Accepted, AsyncClient, Completion, Delta, Finished
 from protos.contract.errors import ConfigError
+from protos.contract.grammar import MAX_GRAMMAR_BYTES
 
 _MAX_FILE_BYTES = 16 * 1024 * 1024
 
@@ -33,6 +34,18 @@ def read_messages(path: Path) -> list[dict[str, str]]:
     ):
         raise ConfigError(f'{path}: expected a list of {{"role": "user", "content": "..."}}')
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+
+
+def read_grammar(path: Path) -> str:
+    """The text of a grammar; what it means is judged by the server. Raises ConfigError, naming the file."""
+    try:
+        if path.stat().st_size > MAX_GRAMMAR_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_GRAMMAR_BYTES} bytes")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: no UTF-8 text: {error}") from error
 
 
 def read_token_ids(text: str) -> list[int]:
@@ -59,6 +72,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to --max-tokens.")] = False,
+    json_schema: Annotated[Path | None, typer.Option(help="File with a JSON schema that the answer follows.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the whole answer matches.")] = None,
+    lark: Annotated[Path | None, typer.Option(help="File with a Lark grammar that the answer follows.")] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, max=86_400, help="Deadline of the request, seconds.")] = 600.0,
     cluster: Cluster = None,
     as_json: Json = False,
@@ -66,6 +82,8 @@ def generate(
     """Generate from a prompt and stream the answer. With --json: ids, text, finish reason, request id, instances, timings."""
     if sum(given is not None for given in (text, messages, token_ids)) != 1:
         raise ConfigError("generate: give exactly one of TEXT, --messages and --token-ids")
+    if sum(given is not None for given in (json_schema, regex, lark)) > 1:
+        raise ConfigError("generate: give at most one of --json-schema, --regex and --lark")
     options: dict[str, Any] = {
         "model": model,
         "request_id": request_id,
@@ -76,6 +94,9 @@ def generate(
         "stop": stop or None,
         "ignore_eos": ignore_eos or None,
         "timeout_s": timeout,
+        "json_schema": None if json_schema is None else read_grammar(json_schema),
+        "regex": regex,
+        "lark": None if lark is None else read_grammar(lark),
     }
     if messages is not None:
         options["messages"] = read_messages(messages)

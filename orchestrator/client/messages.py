@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,23 +80,29 @@ def generate_request(
     request_id: str = "",
     timeout_s: float = 0.0,
     priority: int = 0,
+    json_schema: str | Mapping[str, Any] | None = None,
+    regex: str | None = None,
+    lark: str | None = None,
+    json_object: bool | None = None,
     **sampling: Any,
 ) -> inference.GenerateRequest:
     """The message for a prompt: exactly one of text, messages and token_ids.
 
     `sampling`: temperature, top_p, top_k, min_p, seed, max_tokens, min_tokens, stop_token_ids, stop, ignore_eos; None means
-    the server's default. Raises InvalidRequest for what a message cannot carry; everything else is the server's to judge.
+    the server's default. `json_schema` (text or a mapping), `regex`, `lark` or `json_object` holds the whole output to a
+    grammar. Raises InvalidRequest for what a message cannot carry; everything else is the server's to judge.
     """
     if sum(given is not None for given in (text, messages, token_ids)) != 1:
         raise InvalidRequest("prompt: give exactly one of text, messages and token_ids")
     params = {name: value for name, value in sampling.items() if value is not None}
     try:
+        grammar = _grammar(json_schema=json_schema, regex=regex, lark=lark, json_object=json_object or None)
         request = inference.GenerateRequest(
             request_id=request_id or f"c-{secrets.token_hex(12)}",
             model=model,
             timeout_s=timeout_s,
             priority=priority,
-            sampling=inference.SamplingParams(**params),
+            sampling=inference.SamplingParams(**params, grammar=grammar),
         )
         if text is not None:
             request.text = text
@@ -108,6 +115,16 @@ def generate_request(
     except (TypeError, ValueError, KeyError) as error:
         raise InvalidRequest(f"request: {error}") from error
     return request
+
+
+def _grammar(**kinds: Any) -> common.Grammar | None:
+    given = {kind: value for kind, value in kinds.items() if value is not None}
+    if len(given) > 1:
+        raise InvalidRequest(f"grammar: {' and '.join(given)} are given; an output follows one of them")
+    schema = given.get("json_schema")
+    if schema is not None and not isinstance(schema, str):
+        given["json_schema"] = json.dumps(schema, ensure_ascii=False)
+    return common.Grammar(**given) if given else None
 
 
 def event_of(event: inference.GenerateEvent) -> Event:

@@ -31,6 +31,7 @@ from orchestrator.ingress.validate import (
 from orchestrator.store.client import Store
 from orchestrator.store.replies import SubmitReply
 from protos.contract.errors import InvalidRequest, QueueFull, RequestConflict, StoreUnavailable, UnavailableError
+from protos.contract.grammar import Grammar
 from protos.contract.redis_names import Code
 from protos.wire import inference
 
@@ -76,6 +77,8 @@ class Intake:
     def close(self) -> None:
         """Stops the threads. Idempotent."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._model.grammars is not None:
+            self._model.grammars.close()
 
     async def accept(
         self, request: inference.GenerateRequest, principal: Principal, time_left_s: float | None = None
@@ -88,6 +91,8 @@ class Intake:
             raise UnavailableError("the cluster is draining and takes no new requests; come back later", _RETRY_AFTER_S)
         model = self._model
         checked = check_request(request, model.name, model.card, self._limits, self._max_token_bytes)
+        if checked.sampling.grammar is not None:
+            await self._check_grammar(checked.sampling.grammar)
         prompt = await self._encode(checked.text, checked.messages, checked.token_ids)
         valid = fit(checked, prompt, model.card, self._limits, lambda: secrets.randbits(_SEED_BITS))
         self._owner.check()
@@ -119,6 +124,11 @@ class Intake:
     @property
     def _max_token_bytes(self) -> int:
         return self._model.tokenizer.max_token_bytes if self._model.tokenizer else 1
+
+    async def _check_grammar(self, grammar: Grammar) -> None:
+        if self._model.grammars is None:
+            raise InvalidRequest(f"sampling.grammar: model {self._model.name} cannot be held to a grammar; leave it out")
+        await self._model.grammars.check(grammar)
 
     async def _encode(
         self, text: str | None, messages: tuple[Message, ...] | None, token_ids: Sequence[int] | None

@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.model_card import ModelCard
 from orchestrator.ingress.chat import ChatTemplate, JinjaTemplate, PlainTemplate
+from orchestrator.ingress.grammar import GrammarCheck
 from orchestrator.ingress.text import TextRules
 from orchestrator.ingress.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -23,6 +24,7 @@ class ServedModel:
     card: ModelCard
     tokenizer: Tokenizer | None
     chat: ChatTemplate | None
+    grammars: GrammarCheck | None = None  # None: its tokens are not known as text, or nothing could end an output
 
     def text_rules(self, stops: tuple[str, ...], min_tokens: int) -> TextRules | None:
         """How output becomes text; None without a tokenizer."""
@@ -43,7 +45,8 @@ def load_served_model(name: str, card: ModelCard, model_dir: Path | None) -> Ser
     chat = None
     if card.chat_template is not None:
         chat = JinjaTemplate(card.chat_template, _special_tokens(model_dir))
-    return ServedModel(name=name, card=card, tokenizer=load_tokenizer(model_dir), chat=chat)
+    grammars = GrammarCheck(model_dir, card.vocab_size, card.eos_token_ids) if card.eos_token_ids else None
+    return ServedModel(name=name, card=card, tokenizer=load_tokenizer(model_dir), chat=chat, grammars=grammars)
 
 
 def _special_tokens(model_dir: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from orchestrator.ingress.grammar import to_wire
 from orchestrator.ingress.model import ServedModel
 from orchestrator.ingress.streams import Bounds, Ending, FinishReason, Outcome, RequestStream
 from orchestrator.ingress.validate import ValidRequest
@@ -50,6 +51,7 @@ def spec_of(valid: ValidRequest, request_id: str, tenant: str, model: ServedMode
         eos_token_ids=model.card.eos_token_ids,
         priority=valid.checked.priority,
         stop=sampling.stop,
+        grammar=to_wire(sampling.grammar),
     )
 
 
@@ -60,7 +62,8 @@ def stream_of(spec: common.RequestSpec, model: ServedModel, journal: bytes = b""
     bounds = Bounds(
         max_tokens=sampling.max_tokens,
         vocab_size=model.card.vocab_size,
-        min_tokens=sampling.min_tokens,
+        # A grammar keeps min_tokens in its masks as far as it can: an end that it lets through is one.
+        min_tokens=0 if spec.HasField("grammar") else sampling.min_tokens,
         stop_token_ids=frozenset([*sampling.stop_token_ids, *eos]),
     )
     rules = model.text_rules(tuple(spec.stop), sampling.min_tokens)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from configs.model_card import ModelCard
 from orchestrator.ingress.chat import Message
+from orchestrator.ingress.grammar import read_grammar
 from protos.contract.errors import InvalidRequest, PromptTooLong, UnknownModel
+from protos.contract.grammar import Grammar
 from protos.contract.redis_names import is_name
 from protos.wire import inference
 
@@ -51,6 +53,7 @@ class SamplingChoice:
     stop_token_ids: tuple[int, ...]
     stop: tuple[str, ...]
     ignore_eos: bool
+    grammar: Grammar | None = None
 
 
 Prompt = str | tuple[Message, ...] | tuple[int, ...]
@@ -245,6 +248,7 @@ def _check_sampling(params: inference.SamplingParams, card: ModelCard) -> Sampli
         stop_token_ids=_check_stop_token_ids(params, card),
         stop=_check_stops(params),
         ignore_eos=params.ignore_eos,
+        grammar=read_grammar(params),
     )
 
 

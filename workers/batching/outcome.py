@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from protos.contract.errors import RequestError
 from workers.batching.ledger import BlockLedger
 from workers.batching.runner import Sampled
 from workers.batching.sequence import Sequence, SequenceState
@@ -86,6 +87,8 @@ class StepOutcome:
         elif finish is not None:
             self.left.append(sequence)
             self.ended.append(sequence)
+        else:
+            sequence.foresee()
 
     def _is_failure(self, sequence: Sequence, drawn: Sampled, *, sample: bool) -> bool:
         message = drawn.error
@@ -93,7 +96,8 @@ class StepOutcome:
             message = f"the runner drew {drawn.token_id} from a vocabulary of {self._vocab_size}"
         if message is None:
             return False
-        self._failed.append(Failed(*sequence.key, message))
+        fault = None if sequence.constraint is None else sequence.constraint.fault
+        self._failed.append(Failed(*sequence.key, message, isinstance(fault, RequestError)))
         self.left.append(sequence)
         self.ended.append(sequence)
         return True

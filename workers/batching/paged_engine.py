@@ -10,6 +10,7 @@ from operator import attrgetter
 from protos.contract.block_hash import root_hash
 from protos.contract.errors import InvalidRequest, OutOfBlocks, StaleEpoch
 from workers.batching.admission import check_fits, check_handed_tokens, check_request
+from workers.batching.constraint import Constrainer, open_constraint
 from workers.batching.import_gate import ImportGate
 from workers.batching.integrity import check_stages
 from workers.batching.ledger import BlockLedger, Grant
@@ -55,8 +56,9 @@ class PagedEngine:
     One lock covers all bookkeeping, so that `stats` is exact from any thread; it is not held while the runner computes.
     """
 
-    def __init__(self, runner: Runner, limits: EngineLimits) -> None:
+    def __init__(self, runner: Runner, limits: EngineLimits, constrainer: Constrainer | None = None) -> None:
         self._runner = runner
+        self._constrainer = constrainer
         self._identity = runner.identity
         self._layout = runner.layout
         self._limits = StepLimits(limits.max_batch_tokens, limits.max_running)
@@ -180,6 +182,7 @@ class PagedEngine:
             self._gate.close(sequence.blocks)
             self._ledger.file_computed(sequence)
             sequence.tokens += next_token_ids
+            sequence.foresee()
             if len(sequence.tokens) == sequence.num_computed + 1:
                 sequence.move(SequenceState.DECODING)
                 insort(self._running, sequence, key=_by_age)
@@ -217,6 +220,8 @@ class PagedEngine:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            if self._constrainer is not None:
+                self._constrainer.close()
             self._runner.close()
 
     def _current_plan(self) -> Plan:
@@ -246,13 +251,15 @@ class PagedEngine:
     def _enter(self, request: EngineRequest, state: SequenceState) -> Sequence:
         """A new sequence; an older epoch of it is dropped. Raises StaleEpoch when the same or a newer epoch is here."""
         known = self._sequences.get(request.request_id)
+        if known is not None and known.epoch >= request.epoch:
+            raise StaleEpoch(f"{request.request_id}: epoch {known.epoch} is here, {request.epoch} is not newer")
+        constraint = open_constraint(self._constrainer, request)
         if known is not None:
-            if known.epoch >= request.epoch:
-                raise StaleEpoch(f"{request.request_id}: epoch {known.epoch} is here, {request.epoch} is not newer")
             self._drop(known)
         self._plan = None
         root = root_hash(self._identity.weights_digest, request.cache_salt)
-        sequence = Sequence(request, self._next_order, self._layout.block_tokens, root, state)
+        sequence = Sequence(request, self._next_order, self._layout.block_tokens, root, state, constraint)
+        sequence.foresee()
         self._next_order += 1
         self._sequences[request.request_id] = sequence
         return sequence
@@ -313,5 +320,6 @@ def _slice(sequence: Sequence, count: int) -> Slice:
         sample,
         len(tokens) - sequence.num_prompt,
         sequence.request.cache_salt,
+        allowed=sequence.foresee() if sample else None,
         counts=sequence.counts if sample else None,
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum, auto
 
 from protos.contract.block_hash import next_hash
+from workers.batching.constraint import Constraint
+from workers.batching.runner import AllowedTokens
 from workers.batching.token_counts import TokenCounts
 from workers.engine_api.types import EngineRequest, FinishReason
 
@@ -44,15 +47,26 @@ class Sequence:
     """
 
     __slots__ = (
-        "_counts", "_table", "block_tokens", "blocks", "cached_tokens", "chunks", "epoch", "names", "num_computed", "num_filed",
-        "num_prompt", "order", "preempted", "request", "request_id", "root", "sampling", "state", "tokens",
+        "_counts", "_table", "block_tokens", "blocks", "cached_tokens", "chunks", "constraint", "epoch", "names",
+        "num_computed", "num_filed", "num_prompt", "order", "preempted", "request", "request_id", "root", "sampling",
+        "state", "tokens",
     )  # fmt: skip
 
-    def __init__(self, request: EngineRequest, order: int, block_tokens: int, root: bytes, state: SequenceState) -> None:
+    def __init__(
+        self,
+        request: EngineRequest,
+        order: int,
+        block_tokens: int,
+        root: bytes,
+        state: SequenceState,
+        constraint: Constraint | None = None,
+    ) -> None:
         self.request = request
         self.request_id = request.request_id
         self.epoch = request.epoch
-        self.sampling = request.sampling
+        # A grammar keeps min_tokens in its masks as far as it can: an end that it lets through is one.
+        self.sampling = request.sampling if constraint is None else replace(request.sampling, min_tokens=0)
+        self.constraint = constraint
         self.order = order
         self.block_tokens = block_tokens
         self.root = root
@@ -96,6 +110,10 @@ class Sequence:
         if self._counts is not None:
             self._counts.catch_up(self.tokens)
         return self._counts
+
+    def foresee(self) -> AllowedTokens | None:
+        """Begins to compute what the grammar allows after the known tokens, and tells how to wait for it; None without one."""
+        return None if self.constraint is None else self.constraint.follow(self.tokens)
 
     def move(self, state: SequenceState) -> None:
         """Goes to another stage. Raises IllegalMove, and changes nothing, when the table has no such step."""

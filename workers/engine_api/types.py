@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from protos.contract.grammar import Grammar
+
 
 class Phase(StrEnum):
     """How far an engine takes a request."""
@@ -36,6 +38,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # subtracted once from every token of the output
     frequency_penalty: float = 0.0  # subtracted as often as the token is in the output
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), by id, each id once
+    grammar: Grammar | None = None  # of the whole output; the prompt is free. It has precedence over min_tokens
     logprobs: int | None = None  # alternatives to report with each token, 0 = only its own; None = no logprobs
 
     @property
@@ -102,11 +105,15 @@ class PrefillProgress:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The engine gave up on one sequence and freed what it held; its batch mates are unaffected."""
+    """The engine gave up on one sequence and freed what it held; its batch mates are unaffected.
+
+    `blame` is set when the request itself is at fault: it would fail everywhere.
+    """
 
     request_id: str
     epoch: int
     message: str
+    blame: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,8 @@ class Coordinator:
         for failed in event.result.failed:
             assignment = parts.assignments.get(failed.request_id, failed.epoch)
             if assignment is not None:
-                self.give_up(assignment, EngineFailure(failed.message), poison=True)
+                error = InvalidRequest(failed.message) if failed.blame else EngineFailure(failed.message)
+                self.give_up(assignment, error, poison=not failed.blame, retryable=not failed.blame)
         parts.outbox.flush()
         if parts.outbox.is_over_budget:
             self._relieve_outbox()

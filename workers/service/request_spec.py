@@ -5,6 +5,7 @@ from __future__ import annotations
 from google.protobuf.message import DecodeError
 
 from protos.contract.errors import InvalidRequest
+from protos.contract.grammar import ANY_OBJECT, Grammar, GrammarKind
 from protos.contract.redis_names import unpack_tokens
 from protos.wire import common
 from workers.engine_api.types import EngineRequest, Phase, SamplingParams
@@ -46,4 +47,17 @@ def sampling_params(spec: common.RequestSpec) -> SamplingParams:
         seed=sampling.seed,
         min_tokens=sampling.min_tokens,
         stop_token_ids=frozenset(stops),
+        grammar=_grammar(spec),
     )
+
+
+def _grammar(spec: common.RequestSpec) -> Grammar | None:
+    """The grammar of the output. Raises InvalidRequest for a kind that this version does not know."""
+    if not spec.HasField("grammar"):
+        return None
+    kind = spec.grammar.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequest(f"{spec.request_id}: the grammar is of an unknown kind; is the ingress of another version?")
+    if kind == "json_object":
+        return Grammar(GrammarKind.JSON_SCHEMA, ANY_OBJECT)
+    return Grammar(GrammarKind(kind), getattr(spec.grammar, kind))

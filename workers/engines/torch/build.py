@@ -16,6 +16,8 @@ from workers.engines.torch.config import read_config
 from workers.engines.torch.models.registry import load_decoder
 from workers.engines.torch.runner import TorchRunner, layout_of
 from workers.engines.torch.weights import weights_digest
+from workers.grammar.matching import LlguidanceConstrainer
+from workers.grammar.vocabulary import vocabulary_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,12 +30,21 @@ def create_engine(model: ModelConfig, engine: EngineConfig, model_dir: Path) -> 
     """
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
+    runner = create_runner(model, engine, model_dir)
     return PagedEngine(
-        create_runner(model, engine, model_dir),
+        runner,
         EngineLimits(
             max_batch_tokens=engine.max_batch_tokens, max_running=engine.max_running, prefix_cache=engine.prefix_cache
         ),
+        _constrainer(runner.identity, model_dir),
     )
+
+
+def _constrainer(identity: ModelIdentity, model_dir: Path) -> LlguidanceConstrainer | None:
+    vocabulary = vocabulary_of(model_dir, identity.vocab_size, identity.eos_token_ids)
+    if vocabulary is None:
+        return None
+    return LlguidanceConstrainer(vocabulary, identity.vocab_size, identity.eos_token_ids)
 
 
 def create_runner(model: ModelConfig, engine: EngineConfig, model_dir: Path) -> TorchRunner:
@@ -55,7 +66,7 @@ def create_runner(model: ModelConfig, engine: EngineConfig, model_dir: Path) -> 
         eos_token_ids=card.eos_token_ids,
     )
     return TorchRunner(
-        decoder=load_decoder(config, model_dir, dtype, device, compressed=engine.weights == "stored"),
+        decoder=load_decoder(config, model_dir, dtype, device),
         identity=identity,
         layout=layout_of(config, dtype, engine.block_tokens),
         num_blocks=engine.num_blocks,
