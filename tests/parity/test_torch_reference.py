@@ -13,8 +13,6 @@ from tests.support.torch_models import LogitsProbe, a_runner, feed, random_token
 from workers.engines.torch import reference
 from workers.engines.torch.config import Mistral4Config, parse_config, read_config
 from workers.engines.torch.config_rope import RopeConfig
-from workers.engines.torch.forward_batch import PrefillPart
-from workers.engines.torch.layers import mla
 from workers.engines.torch.layers.experts import PlainExperts
 from workers.engines.torch.layers.linear import PlainLinear
 from workers.engines.torch.layers.mlp import MlpWeights
@@ -95,34 +93,6 @@ def test_experts_sorted_against_experts_in_a_loop(experts: int, per_token: int, 
     torch.testing.assert_close(moe(x[11:12], weights, rule).double(), expected[11:12], atol=2e-5, rtol=0)
 
 
-def test_absorbed_and_expanded_attention_against_the_plain_one() -> None:
-    """One attention in three forms, for sequences of unlike length in one padded batch."""
-    generator = torch.Generator().manual_seed(2)
-    heads, nope, rope_dim, rank, value = 3, 8, 4, 16, 12
-    joint = torch.randn(heads * (nope + value), rank, generator=generator) * 0.3
-    weights = mla.LatentHeads.split(joint, heads, nope)
-    lengths = (23, 17, 1)
-    rows = [torch.randn(length, rank + rope_dim, generator=generator) for length in lengths]
-    queries = [torch.randn(length, heads, nope + rope_dim, generator=generator) for length in lengths]
-    padded = torch.zeros(3, 23, rank + rope_dim)
-    mask = torch.zeros(3, 23, dtype=torch.bool)
-    for index, part in enumerate(rows):
-        padded[index, : len(part)], mask[index, : len(part)] = part, True
-    last = mla.absorbed(torch.stack([query[-1] for query in queries]), padded, mask, weights)
-    for index, (row, query) in enumerate(zip(rows, queries, strict=True)):
-        plain = torch.empty(len(row), heads, value, dtype=torch.float64)
-        for head in range(heads):
-            up = row[:, :rank].double() @ joint.view(heads, -1, rank)[head].double().T
-            key = torch.cat((up[:, :nope], row[:, rank:].double()), dim=1)
-            scale = (nope + rope_dim) ** -0.5
-            plain[:, head] = reference.attention(query[:, head].double(), key, up[:, nope:], scale)
-        torch.testing.assert_close(last[index].double(), plain[-1], atol=1e-5, rtol=0)
-        for start in (0, len(row) // 2):
-            part = PrefillPart(0, len(row) - start, start, torch.empty(0, dtype=torch.int32))
-            chunk = mla.expanded(query[start:], row, part, weights)
-            torch.testing.assert_close(chunk.double(), plain[start:], atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("kind", "dims"),
     [
@@ -132,6 +102,8 @@ def test_absorbed_and_expanded_attention_against_the_plain_one() -> None:
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 32}}),
         ("mistral", {"num_hidden_layers": 1}),
+        ("mistral", {"sliding_window": 21}),
+        ("ministral", {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}),
         ("mistral-small-4", {}),
         ("mistral-small-4", {"first_k_dense_replace": 2, "n_shared_experts": 2, "v_head_dim": 24}),
         ("mistral-small-4", {"rope_interleave": False, "norm_topk_prob": False, "num_experts_per_tok": 2}),

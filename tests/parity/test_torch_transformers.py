@@ -88,6 +88,21 @@ def test_random_shapes(kind: str, seed: int, tmp_path: Path) -> None:
     assert engine.stats().used_blocks == 0
 
 
+@pytest.mark.parametrize(("kind", "seed"), [("mistral", 0), ("mistral", 1), ("ministral", 2), ("ministral", 3)])
+def test_windows(kind: str, seed: int, tmp_path: Path) -> None:
+    """Windows across block and chunk borders, in all layers or in some."""
+    rng = random.Random(f"{kind}-{seed}")
+    dims = {**random_dims(kind, rng), "num_hidden_layers": 3, "sliding_window": rng.choice((1, 7, 33, 64, 150))}
+    if kind == "ministral":
+        dims["layer_types"] = rng.sample(["full_attention", "sliding_attention", "sliding_attention"], 3)
+    folder = write_tiny(kind, tmp_path / "model", seed, **dims)
+    twin = transformers_twin(folder)
+    engine = an_engine(folder, block_tokens=rng.choice((1, 4, 16)), num_blocks=1024, max_batch_tokens=rng.randint(5, 90))
+    prompts = {f"r{length}": random_tokens(length, length) for length in (*rng.sample(range(1, 200), 2), 200)}
+    tokens = run_all(engine, [EngineRequest(request_id=n, epoch=1, prompt=p, sampling=GREEDY) for n, p in prompts.items()])
+    assert tokens == {name: transformers_greedy(twin, p, 64) for name, p in prompts.items()}
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral-small-4"])
 def test_disaggregated_across_many_query_scale_steps(kind: str, tmp_path: Path) -> None:
     """Positions up to 664 of a model whose query scale grows every 32, handed over between two engines."""

@@ -12,6 +12,7 @@ from configs.native_params import NATIVE_PARAMS, config_from_params, layout_of_f
 from protos.contract.errors import ModelError
 from workers.engines.torch.config_rope import RopeConfig, read_rope
 from workers.engines.torch.config_section import ConfigSection
+from workers.engines.torch.config_window import read_window
 
 AUTAN_METHOD = "autan-weight-only"  # quant_method of the project's own int8 and int4 weights
 
@@ -32,7 +33,12 @@ class DenseConfig:
     max_positions: int
     tie_word_embeddings: bool
     rope: RopeConfig
-    window_tokens: int | None = None  # a row sees so many tokens, its own included; None: all before it
+    window_tokens: int | None = None  # a row of a window layer sees so many tokens, its own included
+    window_layers: tuple[bool, ...] = ()  # which layers have the window; empty: all of them, if there is one
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of one layer in tokens; None: a row sees all before it."""
+        return self.window_tokens if not self.window_layers or self.window_layers[layer] else None
 
     @property
     def kv_row_values(self) -> int:
@@ -134,12 +140,12 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderC
         inner = outer.section("text_config")
         _check_quantization(inner)
         model_type = inner.text("model_type")
-    if model_type in ("llama", "mistral"):
+    if model_type in ("llama", "mistral", "ministral"):
         return _dense(outer, inner, model_type)
     if model_type == "mistral4":
         return _mistral4(outer, inner)
     raise inner.error(
-        "model_type", f"{model_type!r} is not supported (llama, mistral, mistral4, or mistral3 around one of them)"
+        "model_type", f"{model_type!r} is not supported (llama, mistral, ministral, mistral4, or mistral3 around one of them)"
     )
 
 
@@ -168,10 +174,7 @@ def _common_refusals(inner: ConfigSection) -> None:
 
 def _dense(outer: ConfigSection, inner: ConfigSection, model_type: str) -> DenseConfig:
     _common_refusals(inner)
-    max_positions = inner.integer("max_position_embeddings")
-    window = inner.optional_integer("sliding_window")
-    if window is not None and window < max_positions:
-        raise inner.error("sliding_window", f"{window} tokens: attention over a window is not supported")
+    window, window_layers = read_window(inner, inner.integer("num_hidden_layers"), model_type)
     hidden, heads = inner.integer("hidden_size"), inner.integer("num_attention_heads")
     head_dim = inner.optional_integer("head_dim") or hidden // heads
     kv_heads = inner.optional_integer("num_key_value_heads") or heads
@@ -189,9 +192,11 @@ def _dense(outer: ConfigSection, inner: ConfigSection, model_type: str) -> Dense
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=inner.number("rms_norm_eps", 1e-6),
-        max_positions=max_positions,
+        max_positions=inner.integer("max_position_embeddings"),
         tie_word_embeddings=_tied(outer, inner),
         rope=rope,
+        window_tokens=window,
+        window_layers=window_layers,
     )
 
 

@@ -47,6 +47,13 @@ class ConfigSection:
             raise self.error(key, f"expected a string, found {value!r}")
         return value
 
+    def texts(self, key: str) -> list[str]:
+        """A list of strings."""
+        value = self._required(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(key, f"expected a list of strings, found {value!r}")
+        return list(value)
+
     def integer(self, key: str) -> int:
         """A positive integer."""
         value = self._required(key)

@@ -20,14 +20,18 @@ Rows = npt.NDArray[np.int64]
 
 
 class KvCache:
-    """The pool and the addresses in it. The block `num_blocks` stays zero: short block tables end with it."""
+    """The pool and the addresses in it.
+
+    Two blocks more than asked for: `num_blocks` stays zero, short block tables end with it; `scratch_block` takes the
+    rows of padding, and nothing of a sequence is ever read from it.
+    """
 
     def __init__(self, layout: KvLayout, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self._block_rows = layout.num_layers * layout.block_tokens
         row_values = layout.row_bytes // dtype.itemsize
-        shape = ((num_blocks + 1) * self._block_rows, row_values)
+        shape = ((num_blocks + 2) * self._block_rows, row_values)
         self._bytes: memoryview | None = None
         if device.type == "cpu":
             # The system hands out zero pages one by one, so an unused block costs no memory.
@@ -36,6 +40,11 @@ class KvCache:
             self._rows = torch.from_numpy(raw).view(dtype).view(shape)
         else:
             self._rows = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def scratch_block(self) -> int:
+        """The block that rows of padding are written to."""
+        return self.num_blocks + 1
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
@@ -50,7 +59,7 @@ class KvCache:
 
     @property
     def blocks(self) -> Tensor:
-        """The pool, [num_blocks + 1, layers, block_tokens, row]."""
+        """The pool, [num_blocks + 2, layers, block_tokens, row]."""
         return self._rows.view(-1, self.layout.num_layers, self.layout.block_tokens, self._rows.shape[-1])
 
     def store(self, layer: int, slots: Tensor, rows: Tensor) -> None:

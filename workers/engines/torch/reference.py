@@ -26,7 +26,7 @@ def reference_logits(config: DecoderConfig, tensors: Tensors, token_ids: Sequenc
         prefix = f"model.layers.{layer}."
         normed = norm(x, wide[prefix + "input_layernorm.weight"], config.rms_norm_eps)
         if isinstance(config, DenseConfig):
-            x = x + dense_attention(config, wide, prefix + "self_attn.", normed)
+            x = x + dense_attention(config, wide, prefix + "self_attn.", normed, config.window_of(layer))
         else:
             x = x + latent_attention(config, wide, prefix + "self_attn.", normed)
         normed = norm(x, wide[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
@@ -43,16 +43,17 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of one head, position by position. q, k: [T, D], v: [T, V]."""
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """Causal attention of one head, position by position, over all keys or the last `window`. q, k: [T, D], v: [T, V]."""
     out = []
     for position in range(q.shape[0]):
-        scores = (k[: position + 1] @ q[position]) * scale
-        out.append(torch.softmax(scores, 0) @ v[: position + 1])
+        first = 0 if window is None else max(0, position + 1 - window)
+        scores = (k[first : position + 1] @ q[position]) * scale
+        out.append(torch.softmax(scores, 0) @ v[first : position + 1])
     return torch.stack(out)
 
 
-def dense_attention(config: DenseConfig, tensors: Tensors, prefix: str, x: Tensor) -> Tensor:
+def dense_attention(config: DenseConfig, tensors: Tensors, prefix: str, x: Tensor, window: int | None) -> Tensor:
     """Grouped-query attention: query head i reads KV head i // group."""
     dim, group = config.head_dim, config.num_heads // config.num_kv_heads
     q, k, v = (x @ tensors[f"{prefix}{name}_proj.weight"].T for name in "qkv")
@@ -65,6 +66,7 @@ def dense_attention(config: DenseConfig, tensors: Tensors, prefix: str, x: Tenso
                 rotate(config.rope, k[:, kv_head * dim : (kv_head + 1) * dim]),
                 v[:, kv_head * dim : (kv_head + 1) * dim],
                 1 / math.sqrt(dim),
+                window,
             )
         )
     return torch.cat(out, dim=1) @ tensors[prefix + "o_proj.weight"].T

@@ -26,7 +26,9 @@ from workers.engines.torch.tiny_files import (
 )
 from workers.engines.torch.tokenizer_files import byte_tokenizer_files, write_json
 
-KINDS = ("mistral-small-4", "llama", "mistral")
+KINDS = ("mistral-small-4", "llama", "mistral", "ministral")
+_NATIVE_KINDS = ("mistral-small-4", "mistral")
+_OPTIONAL_KEYS = {"rope_parameters", "rope_scaling", "sliding_window", "use_sliding_window", "layer_types"}
 _NUM_SPECIAL, _NUM_BYTES = 16, 256
 
 _MISTRAL4_TEXT: dict[str, Any] = {
@@ -116,8 +118,8 @@ def write_tiny(
     config = parse_config(raw, f"tiny {kind}")
     if config.vocab_size < _NUM_SPECIAL + _NUM_BYTES:
         raise ModelError(f"tiny {kind}: vocab_size: needs at least {_NUM_SPECIAL + _NUM_BYTES} for the byte-level tokenizer")
-    if layout == "native" and kind == "llama":
-        raise ModelError("tiny llama: there is no native layout of it; mistral and mistral-small-4 have one")
+    if layout == "native" and kind not in _NATIVE_KINDS:
+        raise ModelError(f"tiny {kind}: there is no native layout of it; mistral and mistral-small-4 have one")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
@@ -170,7 +172,7 @@ def _configuration(kind: str, dims: dict[str, Any]) -> dict[str, Any]:
     if kind not in KINDS:
         raise ModelError(f"no tiny model of kind {kind!r}; one of {', '.join(KINDS)}")
     text = json.loads(json.dumps(_MISTRAL4_TEXT if kind == "mistral-small-4" else {"model_type": kind, **_DENSE}))
-    known = set(text) | {"rope_parameters", "rope_scaling"}
+    known = set(text) | _OPTIONAL_KEYS
     unknown = sorted(set(dims) - known)
     if unknown:
         raise ModelError(f"tiny {kind}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")

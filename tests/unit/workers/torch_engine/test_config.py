@@ -85,7 +85,11 @@ def test_a_dense_decoder_inside_the_wrapper(llama: dict[str, Any]) -> None:
         ("attention_bias", True),
         ("mlp_bias", True),
         ("hidden_act", "gelu"),
-        ("sliding_window", 128),
+        ("sliding_window", 0),
+        ("layer_types", ["full_attention"] * 2),
+        ("layer_types", ["chunked_attention"] * 3),
+        ("layer_types", ["sliding_attention"] * 3),
+        ("layer_types", "full_attention"),
         ("num_key_value_heads", 5),
         ("head_dim", 15),
         ("rms_norm_eps", float("nan")),
@@ -98,6 +102,27 @@ def test_a_dense_decoder_inside_the_wrapper(llama: dict[str, Any]) -> None:
 def test_dense_refusals_name_the_key(llama: dict[str, Any], key: str, value: Any) -> None:
     with pytest.raises(ModelError, match=key.removesuffix("_scaling")):
         parse_config(changed(llama, key, value))
+
+
+MIXED = ["full_attention", "sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "windows"),
+    [
+        ({"model_type": "mistral", "sliding_window": 20}, [20, 20, 20]),
+        ({"model_type": "mistral", "sliding_window": None}, [None, None, None]),
+        ({"model_type": "mistral", "sliding_window": 20, "use_sliding_window": False}, [None, None, None]),
+        ({"model_type": "ministral", "sliding_window": 20, "layer_types": MIXED}, [None, 20, None]),
+        ({"model_type": "ministral", "sliding_window": 20}, [20, 20, 20]),
+        ({"sliding_window": 20, "layer_types": ["full_attention"] * 3}, [None, None, None]),
+        ({"sliding_window": 20}, [None, None, None]),  # no llama decoder reads it
+    ],
+)
+def test_windows_by_layer(llama: dict[str, Any], keys: dict[str, Any], windows: list[int | None]) -> None:
+    config = parse_config({**llama, **keys})
+    assert isinstance(config, DenseConfig)
+    assert [config.window_of(layer) for layer in range(3)] == windows
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,57 @@
-"""Which keys a row may see."""
+"""Which keys a row may see, and the rows of the pool tile by tile."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from workers.engines.torch.forward_batch import DecodePart, PrefillPart
+from workers.engines.torch.forward_batch import DecodeGroup, PrefillPart
 from workers.engines.torch.kv_cache import KvCache
+from workers.engines.torch.layers.tiles import KeyTile, RowRun
 
 
-def causal_mask(part: PrefillPart, device: torch.device) -> Tensor | None:
-    """[count, start + count], true where key position <= query position; None at the start of a sequence (plain causal)."""
-    if part.start == 0:
-        return None
-    keys = torch.arange(part.start + part.count, device=device)
-    return keys[None, :] <= keys[part.start :, None]
+def window_mask(run: RowRun, tile: KeyTile, window: int, device: torch.device) -> Tensor:
+    """[rows, keys], true where the key lies in the row's window."""
+    rows = torch.arange(run.first, run.end, device=device)[:, None]
+    keys = torch.arange(tile.first, tile.end, device=device)
+    return (keys <= rows) & (keys > rows - window)
 
 
-def sequences(cache: KvCache, layer: int, group: DecodePart) -> tuple[Tensor, Tensor]:
-    """The rows of B sequences, [B, L, row], zero behind each one's end, and the mask [B, L] of those that are real.
+def tile_rows(cache: KvCache, layer: int, part: PrefillPart, tile: KeyTile) -> Tensor:
+    """The KV rows of a tile of one sequence, [keys, row]: a copy of those blocks and no more."""
+    tokens = cache.layout.block_tokens
+    first_block = tile.first // tokens
+    rows = cache.load(layer, part.block_table[first_block : cache.blocks_for(tile.end)]).flatten(0, 1)
+    return rows[tile.first - first_block * tokens : tile.end - first_block * tokens]
 
-    Rows behind the end hold whatever was in the block before; a NaN there would pass through a weight of zero.
+
+def decode_tiles(
+    cache: KvCache, layer: int, group: DecodeGroup, window: int | None, tile_tokens: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The KV rows of b sequences, tile by tile, [b, L, row], and the mask [b, L] of those that are seen; None when all are.
+
+    Rows behind a sequence's end hold whatever was in the block before: they come as zeros, because a NaN there would
+    pass through a weight of zero.
     """
     tokens = cache.layout.block_tokens
-    rows = cache.load(layer, group.block_tables.flatten()).view(group.count, group.block_tables.shape[1] * tokens, -1)
-    mask = torch.arange(rows.shape[1], device=rows.device) < group.lengths[:, None]
-    return rows.masked_fill_(~mask[..., None], 0), mask
+    tables, first_blocks = group.block_tables, None
+    if window is not None and cache.blocks_for(window) + 1 < tables.shape[1]:
+        # Every sequence has its own window: its blocks, at most that many.
+        first_blocks = (group.lengths - window).clamp_min(0).div(tokens, rounding_mode="floor")[:, None]
+        inside = first_blocks + torch.arange(cache.blocks_for(window) + 1, device=tables.device)
+        tables = tables.gather(1, inside.clamp_max(tables.shape[1] - 1).long())
+    step = max(1, tile_tokens // tokens)
+    for first in range(0, tables.shape[1], step):
+        blocks = tables[:, first : first + step]
+        rows = cache.load(layer, blocks.flatten()).view(blocks.shape[0], blocks.shape[1] * tokens, -1)
+        if window is None and (first + blocks.shape[1]) * tokens <= group.shortest:
+            yield rows, None
+            continue
+        positions = torch.arange(first * tokens, (first + blocks.shape[1]) * tokens, device=rows.device)
+        if first_blocks is not None:
+            positions = positions + first_blocks * tokens
+        seen = positions < group.lengths[:, None]
+        rows = rows.masked_fill_(~seen[..., None], 0)
+        yield rows, seen if window is None else seen & (positions >= group.lengths[:, None] - window)

@@ -40,7 +40,7 @@ class DenseDecoder:
             turned = rotate(qkv[:, : heads + kv_heads], tables)
             q, k, v = turned[:, :heads], turned[:, heads:], qkv[:, heads + kv_heads :]
             cache.store(index, batch.slots, torch.cat((k, v), dim=1).flatten(1))
-            attended = self._attention.gqa(q, index, cache, batch, kv_heads, config.window_tokens)
+            attended = self._attention.gqa(q, index, cache, batch, kv_heads, config.window_of(index))
             x = x + ranks.sum(layer.output(attended))
             x = x + ranks.sum(mlp(rms_norm(x, layer.post_norm, eps), layer.mlp))
         return logits_of(x, batch, self._weights.norm, eps, self._weights.head, ranks)
