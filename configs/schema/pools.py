@@ -31,11 +31,16 @@ class OracleCosts(Section):
 
 
 class EngineConfig(Section):
-    """How one instance computes."""
+    """How one instance computes.
+
+    `weights` of a quantised checkpoint stay in memory as they are `stored`, or are `decoded` into the model's dtype while
+    they are loaded: more memory, and faster where the device has no kernel for the stored format.
+    """
 
     kind: Literal["oracle", "torch", "vllm"]
     device: Literal["cpu", "cuda"] = "cpu"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    weights: Literal["stored", "decoded"] = "stored"
     block_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
     num_blocks: Annotated[int, Field(ge=2, le=16_777_216)] = 512
     max_batch_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 512

@@ -66,7 +66,7 @@ def create_runner(model: ModelConfig, engine: EngineConfig, model_dir: Path) -> 
         eos_token_ids=card.eos_token_ids,
     )
     return TorchRunner(
-        decoder=load_decoder(config, model_dir, dtype, device),
+        decoder=load_decoder(config, model_dir, dtype, device, compressed=engine.weights == "stored"),
         identity=identity,
         layout=layout_of(config, dtype, engine.block_tokens),
         num_blocks=engine.num_blocks,

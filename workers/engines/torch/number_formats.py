@@ -1,14 +1,18 @@
 """How weights are stored in fewer bits, and back: FP8 per tensor, NVFP4, and the project's own int8 and int4.
 
-Every `*_decode` returns fp32. Encoders exist so that tiny checkpoints hold what published ones hold. A weight is
-[..., out, in]; blocks and groups lie along `in`.
+Every `*_decode` returns fp32, [out, in], of any run of rows. A weight is [..., out, in]; blocks and groups lie along `in`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
+CHUNK_VALUES = 1 << 18  # how many values are decoded at a time; 1 MiB of fp32
 FP8_MAX, FP4_MAX = 448.0, 6.0
 NVFP4_BLOCK = 16
 INT4_GROUPS = (32, 64)
@@ -22,9 +26,18 @@ def fp8_encode(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 values of a matrix and one fp32 scale per row."""
+    scale = x.abs().amax(-1).float().clamp_min(_TINIEST) / FP8_MAX
+    return (x.float() / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
 def fp8_decode(values: Tensor, scale: Tensor) -> Tensor:
-    """values x scale; the scale has one element."""
-    return values.float() * scale.float().reshape(())
+    """values x scale; the scale has one element, or one per row."""
+    # A table is four times as fast as the conversion on CPUs.
+    table, codes = _fp8_table(values.device), values.view(torch.uint8)
+    decoded = table.index_select(0, codes.flatten().int()).view(values.shape)
+    return decoded.mul_(scale.float().reshape(-1, 1))
 
 
 def nvfp4_encode(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,16 +46,15 @@ def nvfp4_encode(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     global_scale = FP8_MAX * FP4_MAX / weight.abs().amax().float().clamp_min(_TINIEST)
     scales = (blocks.abs().amax(-1) / FP4_MAX * global_scale).clamp(max=FP8_MAX).to(torch.float8_e4m3fn)
     scaled = blocks / (scales.float() / global_scale).clamp_min(_TINIEST)[..., None]
-    magnitudes = torch.tensor(_FP4_MAGNITUDES)
-    codes = (scaled.abs()[..., None] - magnitudes).abs().argmin(-1) + 8 * (scaled < 0)
+    halfway = torch.tensor([(low + high) / 2 for low, high in pairwise(_FP4_MAGNITUDES)])
+    codes = torch.bucketize(scaled.abs(), halfway) + 8 * (scaled < 0)
     return _pack(codes.flatten(-2)), scales, global_scale.reshape(1)
 
 
 def nvfp4_decode(packed: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
-    """values x (scale of the block / global scale)."""
-    table = torch.tensor([*_FP4_MAGNITUDES, *(-value for value in _FP4_MAGNITUDES)], device=packed.device)
-    values = _split(table[_unpack(packed).int()], NVFP4_BLOCK)
-    return (values * (scales.float() / global_scale.float().reshape(()))[..., None]).flatten(-2)
+    """values x (scale of the block / global scale); the global scale has one element, or one per row."""
+    values = _split(_decode_pairs(packed, _fp4_pairs(packed.device)), NVFP4_BLOCK)
+    return values.mul_((scales.float() / global_scale.float().reshape(-1, 1))[..., None]).flatten(-2)
 
 
 def int8_encode(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +65,7 @@ def int8_encode(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_decode(values: Tensor, scale: Tensor) -> Tensor:
     """values x scale of their output channel."""
-    return values.float() * scale.float()[..., None]
+    return torch.mul(values, scale.float()[..., None])
 
 
 def int4_encode(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -65,9 +77,22 @@ def int4_encode(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def int4_decode(packed: Tensor, scale: Tensor) -> Tensor:
     """values x scale of their group."""
-    values = _unpack(packed).float() - 8
+    values = _decode_pairs(packed, _int4_pairs(packed.device))
     values = _split(values, values.shape[-1] // scale.shape[-1])
-    return (values * scale.float()[..., None]).flatten(-2)
+    return values.mul_(scale.float()[..., None]).flatten(-2)
+
+
+def decode_rows(kind: str, parts: Sequence[Tensor]) -> Tensor:
+    """The values of a run of rows; plain ones as they are."""
+    return parts[0] if kind == "plain" else _DECODERS[kind](*parts)
+
+
+_DECODERS: dict[str, Callable[..., Tensor]] = {
+    "fp8": fp8_decode,
+    "nvfp4": nvfp4_decode,
+    "int8": int8_decode,
+    "int4": int4_decode,
+}
 
 
 def _split(tensor: Tensor, size: int) -> Tensor:
@@ -81,5 +106,28 @@ def _pack(codes: Tensor) -> Tensor:
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
-def _unpack(packed: Tensor) -> Tensor:
-    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+def _decode_pairs(packed: Tensor, pairs: Tensor) -> Tensor:
+    """Both values of every byte, from a table of 256 pairs of fp32 that are read as one number each."""
+    decoded = pairs.index_select(0, packed.flatten().int()).view(torch.float32)
+    return decoded.view(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+@cache
+def _fp8_table(device: torch.device) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+
+
+@cache
+def _fp4_pairs(device: torch.device) -> Tensor:
+    return _pairs([*_FP4_MAGNITUDES, *(-value for value in _FP4_MAGNITUDES)]).to(device)
+
+
+@cache
+def _int4_pairs(device: torch.device) -> Tensor:
+    return _pairs([float(code - 8) for code in range(16)]).to(device)
+
+
+def _pairs(values: list[float]) -> Tensor:
+    table = torch.tensor(values)
+    codes = torch.arange(256)
+    return torch.stack((table[codes & 0xF], table[codes >> 4]), dim=-1).view(torch.int64)[:, 0].contiguous()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,12 @@ from torch import Tensor
 
 from configs.native_params import HF_INDEX, HF_SINGLE, NATIVE_GLOB, layout_of_folder
 from protos.contract.errors import ModelError
-from workers.engines.torch.number_formats import (
-    INT4_GROUPS,
-    NVFP4_BLOCK,
-    fp8_decode,
-    int4_decode,
-    int8_decode,
-    nvfp4_decode,
-)
+from workers.engines.torch.number_formats import INT4_GROUPS, NVFP4_BLOCK
 from workers.engines.torch.tensor_names import Shape, expert_parts, plain_name
 
 _NATIVE_INDEX = "consolidated.safetensors.index.json"
 _PLAIN_DTYPES = ("F32", "BF16", "F16")
 _BITS = {"F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "I8": 8, "U8": 8}
-_DECODERS: dict[str, Callable[..., Tensor]] = {
-    "fp8": fp8_decode,
-    "nvfp4": nvfp4_decode,
-    "int8": int8_decode,
-    "int4": int4_decode,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +39,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor, or the rows of one expert in it: what holds them, and how it is decoded ("plain": not at all)."""
+    """A tensor, or the rows of one expert in it: the tensors that hold it, values first, and their format.
+
+    `kind` is "plain", "fp8", "nvfp4", "int8" or "int4".
+    """
 
     kind: str
     entries: tuple[Entry, ...]
@@ -72,25 +62,24 @@ class Shards:
         self._path: Path | None = None
         self._file: Any = None
 
-    def read(self, piece: Piece, index: int | None = None) -> Tensor:
-        """The piece, or its part at `index` of the first dimension: as stored when plain, else decoded to fp32."""
-        parts = [self._tensor(entry, index) for entry in piece.entries]
-        return parts[0] if piece.kind == "plain" else _DECODERS[piece.kind](*parts)
+    def view(self, entry: Entry, *where: int | slice) -> Tensor:
+        """The part of a tensor at these indices, as stored; the pages that hold nothing of it are not read.
+
+        It is a view of the mapped file: copy what is kept, or the file stays in memory.
+        """
+        if self._path != entry.path:
+            self.close()
+            self._file = open_shard(entry.path).__enter__()
+            self._path = entry.path
+        tensor: Tensor
+        tensor = self._file.get_slice(entry.stored_name)[where] if where else self._file.get_tensor(entry.stored_name)
+        return tensor
 
     def close(self) -> None:
         """Unmaps the file. Idempotent."""
         if self._file is not None:
             self._file.__exit__(None, None, None)
         self._path = self._file = None
-
-    def _tensor(self, entry: Entry, index: int | None) -> Tensor:
-        if self._path != entry.path:
-            self.close()
-            self._file = open_shard(entry.path).__enter__()
-            self._path = entry.path
-        tensor: Tensor
-        tensor = self._file.get_tensor(entry.stored_name) if index is None else self._file.get_slice(entry.stored_name)[index]
-        return tensor
 
 
 def open_shard(path: Path) -> Any:

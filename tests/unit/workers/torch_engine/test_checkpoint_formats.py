@@ -12,7 +12,8 @@ from torch import Tensor
 from configs.model_card import read_model_card
 from configs.native_params import Layout
 from protos.contract.errors import ModelError
-from tests.support.torch_models import LogitsProbe, a_runner, feed, random_tokens, tensors_of
+from tests.support.torch_models import LogitsProbe, a_runner, an_engine, feed, random_tokens, run_all, tensors_of
+from workers.engine_api.types import EngineRequest, SamplingParams
 from workers.engines.torch.config import read_config
 from workers.engines.torch.models.registry import shapes_of
 from workers.engines.torch.tiny import write_tiny
@@ -31,8 +32,8 @@ def loaded(folder: Path) -> dict[str, Tensor]:
         return {name: checkpoint.take(name) for name in shapes}
 
 
-def logits_of(folder: Path) -> Tensor:
-    runner = a_runner(folder)
+def logits_of(folder: Path, **engine: Any) -> Tensor:
+    runner = a_runner(folder, **engine)
     probe = LogitsProbe(runner)
     feed(runner, random_tokens(3, 60), [20, 40], tuple(range(4)))
     runner.close()
@@ -96,6 +97,26 @@ def test_logits_follow_the_original_and_do_not_depend_on_the_layout(
     bound = (7 * read_config(folders[0]).num_layers + 1) ** 0.5 * weight_error + 1e-5
     for logits in results:
         assert float((logits - original).norm() / original.norm()) <= bound
+
+
+@pytest.mark.parametrize("encoding", ["fp8", "nvfp4", "int8", "int4"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", DIMS)
+def test_compressed_and_decoded_weights_give_the_same_tokens(
+    kind: str, layout: Layout, encoding: Encoding, tmp_path: Path
+) -> None:
+    """The values are the same numbers, so in fp32 only the order of sums differs."""
+    folder = write_tiny(kind, tmp_path / "m", 5, layout=layout, encoding=encoding, shards=2, **DIMS[kind])
+    torch.testing.assert_close(logits_of(folder), logits_of(folder, weights="decoded"), atol=1e-4, rtol=0)
+    requests = [
+        EngineRequest(
+            request_id=f"r{count}", epoch=1, prompt=random_tokens(count, count), sampling=SamplingParams(max_tokens=24)
+        )
+        for count in (3, 17, 40)
+    ]
+    kept, decoded = (run_all(an_engine(folder, weights=weights), requests) for weights in ("stored", "decoded"))
+    assert kept == decoded
+    assert all(len(tokens) == 24 for tokens in kept.values())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

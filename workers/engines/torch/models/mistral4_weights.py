@@ -122,14 +122,14 @@ def _load_layer(config: Mistral4Config, checkpoint: Checkpoint, ranks: Ranks, in
 def _load_attention(config: Mistral4Config, checkpoint: Checkpoint, ranks: Ranks, prefix: str) -> LatentAttention:
     take, heads = checkpoint.take, config.num_heads
     nope, value = config.qk_nope_head_dim, config.v_head_dim
-    joint = take(prefix + "kv_b_proj.weight")[share(heads, ranks, "num_attention_heads", each=nope + value)]
+    joint = take(prefix + "kv_b_proj.weight", share(heads, ranks, "num_attention_heads", each=nope + value))
     queries = share(heads, ranks, "num_attention_heads", each=config.qk_head_dim)
     return LatentAttention(
         q_kv_a=checkpoint.linear(prefix + "q_a_proj.weight", prefix + "kv_a_proj_with_mqa.weight"),
         q_a_norm=take(prefix + "q_a_layernorm.weight"),
         q_b=checkpoint.linear(prefix + "q_b_proj.weight", rows=queries),
         kv_a_norm=take(prefix + "kv_a_layernorm.weight"),
-        heads=LatentHeads.split(joint.contiguous(), heads // ranks.size, nope),
+        heads=LatentHeads.split(joint, heads // ranks.size, nope),
         output=checkpoint.linear(prefix + "o_proj.weight", columns=share(heads, ranks, "num_attention_heads", each=value)),
     )
 

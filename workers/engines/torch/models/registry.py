@@ -29,10 +29,15 @@ def load_decoder(
     device: torch.device,
     progress: Progress = silent,
     ranks: Ranks = SOLO,
+    *,
+    compressed: bool = True,
 ) -> Decoder:
-    """Loads this rank's weights, with progress. Raises ModelError that names every missing, extra and misshapen tensor."""
+    """Loads this rank's weights, with progress; `compressed` weights stay as they are stored.
+
+    Raises ModelError that names every missing, extra and misshapen tensor.
+    """
     attention = TorchAttention()
-    with open_checkpoint(model_dir, shapes_of(config), dtype, device, progress) as checkpoint:
+    with open_checkpoint(model_dir, shapes_of(config), dtype, device, progress, compressed=compressed) as checkpoint:
         if isinstance(config, DenseConfig):
             return DenseDecoder(config, load_dense(config, checkpoint, ranks), attention, ranks)
         return Mistral4Decoder(config, load_mistral4(config, checkpoint, ranks), attention, ranks)
