@@ -1,4 +1,4 @@
-"""`autan model import | tiny | inspect`: checkpoint files.
+"""`autan model import | tiny | quantise | inspect`: checkpoint files.
 
 The work is done by the torch engine's own tool in a process of its own, so that the command starts without torch and the
 orchestrator never parses a checkpoint.
@@ -54,10 +54,22 @@ def tiny(
     run_tool(["tiny", kind, str(out), *chosen, *(["--json"] if as_json else [])])
 
 
+@app.command("quantise")
+def quantise(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    weights: Annotated[str, typer.Option("--format", help="int8, int4 or fp8.")],
+    as_json: Json = False,
+) -> None:
+    """Writes a checkpoint again with its linear layers in fewer bits, file by file."""
+    run_tool(["quantise", str(model), str(out), "--format", weights, *(["--json"] if as_json else [])])
+
+
 @app.command("inspect")
 def inspect(
     model: Annotated[str, typer.Argument(metavar="DIR|PRESET", help="A checkpoint folder, or mistral-small-4.")],
+    check: Annotated[bool, typer.Option("--check", help="Read every tensor; refuse NaN and infinities.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Prints architecture, parameter counts, bytes per format and KV bytes per token of a checkpoint or a preset."""
-    run_tool(["inspect", model, *(["--json"] if as_json else [])])
+    """Prints architecture, parameters, bytes per format on disk and in memory, and KV bytes per token."""
+    run_tool(["inspect", model, *(["--check"] if check else []), *(["--json"] if as_json else [])])

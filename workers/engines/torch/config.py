@@ -157,8 +157,9 @@ def _check_quantization(section: ConfigSection) -> None:
     method = found.text("quant_method")
     if method == "fp8":
         found.refuse_unless("weight_block_size", None, "only one scale per tensor is")
-        if found.text("activation_scheme", "dynamic") != "static":
-            raise found.error("activation_scheme", "only static is supported, with one scale per tensor")
+        # Activations are computed in the engine's dtype, so it does not matter where their scales would come from.
+        if found.text("activation_scheme", "") not in ("static", "dynamic"):
+            raise found.error("activation_scheme", "only static or dynamic are supported, with one scale per weight")
     elif method == "compressed-tensors":
         if found.text("format") != "nvfp4-pack-quantized":
             raise found.error("format", f"{found.text('format')!r} is not supported; only 'nvfp4-pack-quantized' is")

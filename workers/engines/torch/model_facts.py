@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from protos.contract.errors import ModelError
@@ -12,7 +13,9 @@ from workers.engines.torch.config import DecoderConfig
 from workers.engines.torch.config_section import ConfigSection
 from workers.engines.torch.models.registry import shapes_of
 from workers.engines.torch.number_formats import INT4_GROUPS, NVFP4_BLOCK
+from workers.engines.torch.stored_tensors import Piece, list_entries, place_tensors
 from workers.engines.torch.tiny_files import ENCODINGS, Encoding, is_quantised
+from workers.engines.torch.weights import DECODED_SUFFIX, keeps_compressed
 
 BF16_BYTES = 2
 
@@ -129,6 +132,35 @@ def _stored_bytes(shape: tuple[int, ...], encoding: Encoding) -> int:
     if encoding == "int4":
         return values // 2 + 4 * values // max(INT4_GROUPS)
     return values // 2 + values // NVFP4_BLOCK
+
+
+def stored_bytes_by_format(model_dir: Path, config: DecoderConfig) -> dict[str, dict[str, int]]:
+    """Per stored format of a checkpoint that fits: tensors of the decoder, their bytes on disk, and in memory in bf16.
+
+    In memory an FP8 or NVFP4 weight has its scale of the whole matrix once per row; what the engine decodes counts as bf16.
+    """
+    shapes = shapes_of(config)
+    entries, _ = list_entries(model_dir)
+    places, _ = place_tensors(entries, shapes)
+    found: dict[str, dict[str, int]] = {}
+    for name, pieces in places.items():
+        for piece in pieces:
+            kind = piece.entries[0].dtype.lower() if piece.kind == "plain" else piece.kind
+            sums = found.setdefault(kind, {"tensors": 0, "disk_bytes": 0, "memory_bytes": 0})
+            sums["tensors"] += 1
+            sums["disk_bytes"] += piece.stored_bytes
+            sums["memory_bytes"] += _memory_bytes(name, piece)
+    return found
+
+
+def _memory_bytes(name: str, piece: Piece) -> int:
+    rows = math.prod(piece.entries[0].shape[:-1])
+    if not keeps_compressed(piece.kind) or name.endswith(DECODED_SUFFIX):
+        return BF16_BYTES * rows * piece.width
+    values, per_row = piece.entries[0].stored_bytes, 4 * rows
+    if piece.kind == "int4":
+        return values + 4 * math.prod(piece.entries[1].shape)
+    return values + per_row + (piece.entries[1].stored_bytes if piece.kind == "nvfp4" else 0)
 
 
 def kv_bytes_per_token(config: DecoderConfig) -> int:

@@ -1,4 +1,4 @@
-"""Models from the command line: `python -m workers.engines.torch.model_tool import|tiny|inspect`.
+"""Models from the command line: `python -m workers.engines.torch.model_tool import|tiny|quantise|inspect`.
 
 With `--json` every line of standard output is one JSON object; the last has `"event": "done"` or `"event": "error"`.
 Exit codes: 0 done, 1 failed at run time, 2 bad usage or an unusable model.
@@ -20,41 +20,22 @@ from configs.native_params import layout_of_folder
 from protos.contract.errors import AutanError, ModelError
 from workers.engines.torch.config import DecoderConfig, parse_config, read_raw_config
 from workers.engines.torch.demo_model import ensure_demo_model
-from workers.engines.torch.model_facts import bytes_per_format, count_parameters, kv_bytes_per_token, preset
+from workers.engines.torch.model_facts import (
+    bytes_per_format,
+    count_parameters,
+    kv_bytes_per_token,
+    preset,
+    stored_bytes_by_format,
+)
+from workers.engines.torch.model_report import Report
 from workers.engines.torch.models.registry import shapes_of
-from workers.engines.torch.stored_tensors import stored_formats
+from workers.engines.torch.quantise import TARGETS, quantise
+from workers.engines.torch.stored_tensors import count_activation_scales
 from workers.engines.torch.tiny import KINDS, write_tiny
 from workers.engines.torch.tiny_files import ENCODINGS, LAYOUTS
-from workers.engines.torch.weights import check_checkpoint, shard_paths, weights_digest
+from workers.engines.torch.weights import check_checkpoint, check_values, shard_paths, weights_digest
 
 __all__ = ["ensure_demo_model", "main"]
-
-
-class Report:
-    """Lines for a reader or for a program."""
-
-    def __init__(self, *, as_json: bool) -> None:
-        self._as_json = as_json
-        self._shown: dict[str, int] = {}
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """One line per tenth of a stage."""
-        tenth = 10 * done // max(total, 1)
-        if self._shown.get(what) != tenth:
-            self._shown[what] = tenth
-            self.line({"event": "progress", "stage": what, "done": done, "total": total}, f"{what}: {done}/{total}")
-
-    def line(self, fields: dict[str, Any], text: str) -> None:
-        """The fields as JSON, or the text."""
-        sys.stdout.write((json.dumps(fields) if self._as_json else text) + "\n")
-        sys.stdout.flush()
-
-    def error(self, error: AutanError) -> None:
-        """The refusal, on the channel where its reader looks."""
-        if self._as_json:
-            self.line({"event": "error", "reason": error.reason, "message": error.message}, "")
-        else:
-            sys.stderr.write(f"error: {error.message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     report = Report(as_json=options.json)
     try:
-        done, text = _COMMANDS[options.command](options, report)
+        with report:
+            done, text = _COMMANDS[options.command](options, report)
     except AutanError as error:
         report.error(error)
         return error.exit_code
@@ -88,6 +70,13 @@ def _tiny(options: argparse.Namespace, report: Report) -> tuple[dict[str, Any], 
     return {"path": str(folder)}, f"tiny {options.kind} (random weights, text only): {folder}"
 
 
+def _quantise(options: argparse.Namespace, report: Report) -> tuple[dict[str, Any], str]:
+    folder = quantise(options.model, options.out_dir, options.format, report.progress)
+    sizes = [sum(path.stat().st_size for path in shard_paths(where)) for where in (options.model, folder)]
+    facts = {"path": str(folder), "format": options.format, "source_bytes": sizes[0], "weights_bytes": sizes[1]}
+    return facts, f"{options.format} copy ({sizes[0]:,} to {sizes[1]:,} bytes): {folder}"
+
+
 def _dimension(assignment: str) -> tuple[str, Any]:
     key, _, value = assignment.partition("=")
     try:
@@ -111,7 +100,7 @@ def _inspect(options: argparse.Namespace, report: Report) -> tuple[dict[str, Any
             "eos_token_ids": list(card.eos_token_ids),
             "has_tokenizer": card.has_tokenizer,
             "has_chat_template": card.has_chat_template,
-            **_weight_facts(folder, config),
+            **_weight_facts(folder, config, report, read_all=options.check),
         }
     facts["config"] = asdict(config)
     return facts, "\n".join(f"{key}: {_shown(value)}" for key, value in facts.items())
@@ -132,14 +121,21 @@ def _config_facts(config: DecoderConfig, raw: dict[str, Any], where: str) -> dic
     }
 
 
-def _weight_facts(folder: Path, config: DecoderConfig) -> dict[str, Any]:
+def _weight_facts(folder: Path, config: DecoderConfig, report: Report, *, read_all: bool) -> dict[str, Any]:
     """Checks the tensors against the configuration; a folder without weight files is described all the same."""
     if not any(folder.glob("*.safetensors*")):
         return {"weights": "none"}
-    check_checkpoint(folder, shapes_of(config))
+    shapes = shapes_of(config)
+    check_checkpoint(folder, shapes)
+    if read_all:
+        check_values(folder, shapes, report.progress)
+    stored = stored_bytes_by_format(folder, config)
     return {
-        "weights": sorted(stored_formats(folder)),
+        "weights": sorted(stored),
         "weights_bytes": sum(path.stat().st_size for path in shard_paths(folder)),
+        "weights_by_format": stored,
+        "memory_bytes_bf16": sum(sums["memory_bytes"] for sums in stored.values()),
+        "activation_scales": count_activation_scales(folder),
         "weights_digest": weights_digest(folder),
     }
 
@@ -150,7 +146,7 @@ def _shown(value: object, indent: str = "\n  ") -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-_COMMANDS = {"import": _import, "tiny": _tiny, "inspect": _inspect}
+_COMMANDS = {"import": _import, "tiny": _tiny, "quantise": _quantise, "inspect": _inspect}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,8 +165,13 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--format", choices=ENCODINGS, default="fp32", help="number format of the weights")
     found.add_argument("--shards", type=int, default=1, help="weight files")
     found.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a value of the text configuration")
+    found = commands.add_parser("quantise", parents=[common], help="write a checkpoint again in fewer bits")
+    found.add_argument("model", type=Path, metavar="DIR")
+    found.add_argument("out_dir", type=Path)
+    found.add_argument("--format", choices=TARGETS, required=True, help="number format of the linear layers")
     found = commands.add_parser("inspect", parents=[common], help="check a folder, or take a preset, and print its facts")
     found.add_argument("model", metavar="DIR|PRESET")
+    found.add_argument("--check", action="store_true", help="read every tensor and refuse NaN and infinities")
     return parser
 
 

@@ -101,10 +101,7 @@ class Block:
 
 def block_of(piece: Piece, index: int | None, rows: slice, columns: slice) -> Block:
     """The block of a stored matrix at these rows and columns, which lie within it."""
-    height, width = piece.entries[0].shape[-2:]
-    if piece.kind in ("int4", "nvfp4"):
-        width *= 2
-    return Block(piece, index, range(height)[rows], range(width)[columns])
+    return Block(piece, index, range(piece.entries[0].shape[-2])[rows], range(piece.width)[columns])
 
 
 def empty_parts(block: Block, num_rows: int, device: torch.device) -> list[Tensor]:

@@ -15,9 +15,9 @@ from torch import Tensor
 from configs.native_params import HF_INDEX, HF_SINGLE, NATIVE_GLOB, layout_of_folder
 from protos.contract.errors import ModelError
 from workers.engines.torch.number_formats import INT4_GROUPS, NVFP4_BLOCK
-from workers.engines.torch.tensor_names import Shape, expert_parts, plain_name
+from workers.engines.torch.tensor_names import Shape, expert_parts, is_activation_scale, plain_name
 
-_NATIVE_INDEX = "consolidated.safetensors.index.json"
+NATIVE_INDEX = "consolidated.safetensors.index.json"
 _PLAIN_DTYPES = ("F32", "BF16", "F16")
 _BITS = {"F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "I8": 8, "U8": 8}
 
@@ -48,6 +48,11 @@ class Piece:
     entries: tuple[Entry, ...]
     expert: int | None = None
     first_row: int = 0
+
+    @property
+    def width(self) -> int:
+        """Columns of the matrix."""
+        return self.entries[0].shape[-1] * (2 if self.kind in ("nvfp4", "int4") else 1)
 
     @property
     def stored_bytes(self) -> int:
@@ -93,7 +98,7 @@ def open_shard(path: Path) -> Any:
 def shard_paths(model_dir: Path) -> list[Path]:
     """The weight files in a fixed order. Raises ModelError when there are none or the index names a missing one."""
     native = layout_of_folder(model_dir) == "native"
-    index = model_dir / (_NATIVE_INDEX if native else HF_INDEX)
+    index = model_dir / (NATIVE_INDEX if native else HF_INDEX)
     if not index.is_file():
         found = sorted(model_dir.glob(NATIVE_GLOB)) if native else [model_dir / HF_SINGLE]
         if not found or not found[0].is_file():
@@ -132,12 +137,13 @@ def list_entries(model_dir: Path) -> tuple[dict[str, Entry], list[str]]:
     return entries, problems
 
 
-def stored_formats(model_dir: Path) -> set[str]:
-    """The formats that the tensors are stored in: fp8, nvfp4, int8, int4, or the dtype of plain ones in lower case."""
-    entries, _ = list_entries(model_dir)
-    names = {name.removesuffix("_packed") for name in entries if not name.endswith(("_scale", "_scale_inv"))}
-    kinds = {name: _stored_as(name, entries)[0] for name in names}
-    return {entries[name].dtype.lower() if kind == "plain" and name in entries else kind for name, kind in kinds.items()}
+def count_activation_scales(model_dir: Path) -> int:
+    """How many static scales of activations the files hold; the loader passes them over."""
+    count = 0
+    for path in shard_paths(model_dir):
+        with open_shard(path) as file:
+            count += sum(map(is_activation_scale, file.keys()))
+    return count
 
 
 def place_tensors(entries: Mapping[str, Entry], shapes: Mapping[str, Shape]) -> tuple[dict[str, list[Piece]], list[str]]:
@@ -151,7 +157,7 @@ def place_tensors(entries: Mapping[str, Entry], shapes: Mapping[str, Shape]) -> 
         wanted: list[tuple[str, Shape, int | None, int]] = [*parts] or [(name, shape, None, 0)]
         places[name] = []
         for part, part_shape, expert, first_row in wanted:
-            kind, names = _stored_as(part, entries)
+            kind, names = stored_as(part, entries)
             used.update(names)
             found = [f"{part} is missing"] if not names else list(_faults(part, part_shape, kind, [entries[n] for n in names]))
             problems += found
@@ -161,7 +167,7 @@ def place_tensors(entries: Mapping[str, Entry], shapes: Mapping[str, Shape]) -> 
     return places, problems
 
 
-def _stored_as(name: str, entries: Mapping[str, Entry]) -> tuple[str, list[str]]:
+def stored_as(name: str, entries: Mapping[str, Entry]) -> tuple[str, list[str]]:
     """The format of a weight, and the names of the tensors that hold it, values first; none when it is missing."""
     packed, scale, inverse, top = (name + suffix for suffix in ("_packed", "_scale", "_scale_inv", "_global_scale"))
     if name not in entries and packed in entries:

@@ -27,7 +27,8 @@ _IMAGE_PREFIXES = (
     "pre_mm_projector_norm.",
 )
 # Activations are computed in the engine's dtype, so their static scales have no use here.
-_UNUSED_SUFFIXES = (".rotary_emb.inv_freq", "activation_scale", ".input_global_scale", ".input_scale", ".qscale_act")
+_ACTIVATION_SUFFIXES = ("activation_scale", ".input_global_scale", ".input_scale", ".qscale_act")
+_UNUSED_SUFFIXES = (".rotary_emb.inv_freq", *_ACTIVATION_SUFFIXES)
 
 NATIVE_GLOBALS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 NATIVE_LAYER = {
@@ -57,6 +58,16 @@ _EXPERT = re.compile(r"experts\.(\d+)\.(w[123])")
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
 
 Shape = tuple[int, ...]
+
+
+def is_of_image_encoder(stored_name: str) -> bool:
+    """Whether a tensor belongs to the image encoder or its projector."""
+    return stored_name.startswith(_IMAGE_PREFIXES)
+
+
+def is_activation_scale(stored_name: str) -> bool:
+    """Whether a tensor is a static scale of activations, which only arithmetic in fewer bits on both sides would need."""
+    return stored_name.endswith(_ACTIVATION_SUFFIXES)
 
 
 def plain_name(stored_name: str, layout: Layout) -> str | None:

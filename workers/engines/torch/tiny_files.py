@@ -54,33 +54,43 @@ def encode_tensors(tensors: Mapping[str, Tensor], layout: Layout, encoding: Enco
 
 def _encode(name: str, values: Tensor, encoding: Encoding) -> dict[str, Tensor]:
     width = values.shape[-1]
+    if not fits(width, encoding):
+        hint = f"no group of {INT4_GROUPS} divides" if encoding == "int4" else f"is no multiple of {NVFP4_BLOCK}"
+        raise ModelError(f"tiny {encoding}: {name} has {width} columns, which {hint}; use --set")
+    stored = encode_weight(name, values, encoding)
     if encoding == "fp8":
         activation_scale = f"{name.removesuffix('.weight')}{'.' if name.endswith('.weight') else '_'}activation_scale"
+        stored[activation_scale] = torch.tensor(1.0) if values.dim() == 2 else torch.ones(len(values))
+    if encoding == "nvfp4":
+        stored[f"{name.removesuffix('.weight')}.input_global_scale"] = torch.ones(1)
+    return stored
+
+
+def fits(width: int, encoding: Encoding) -> bool:
+    """Whether a weight of this width divides into the groups of the format."""
+    if encoding == "nvfp4":
+        return width % NVFP4_BLOCK == 0
+    return encoding != "int4" or any(width % group == 0 for group in INT4_GROUPS)
+
+
+def encode_weight(name: str, values: Tensor, encoding: Encoding) -> dict[str, Tensor]:
+    """One weight, or a stack of them, [..., out, in], in a compressed format that fits its width."""
+    if encoding == "fp8":
         if values.dim() == 2:
             encoded, scale = fp8_encode(values)
-            return {name: encoded, name + "_scale_inv": scale, activation_scale: torch.tensor(1.0)}
+            return {name: encoded, name + "_scale_inv": scale}
         many = [fp8_encode(part) for part in values]
         scales = torch.stack([scale for _, scale in many]).reshape(-1, 1, 1)
-        ones = torch.ones(len(many))
-        return {name: torch.stack([part for part, _ in many]), name + "_scale_inv": scales, activation_scale: ones}
+        return {name: torch.stack([part for part, _ in many]), name + "_scale_inv": scales}
     if encoding == "int8":
         encoded, scale = int8_encode(values)
         return {name: encoded, name + "_scale": scale}
     if encoding == "int4":
-        groups = [group for group in reversed(INT4_GROUPS) if width % group == 0]
-        if not groups:
-            raise ModelError(f"tiny int4: {name} has {width} columns, which no group of {INT4_GROUPS} divides; use --set")
-        encoded, scale = int4_encode(values, groups[0])
+        group = next(group for group in reversed(INT4_GROUPS) if values.shape[-1] % group == 0)
+        encoded, scale = int4_encode(values, group)
         return {name + "_packed": encoded, name + "_scale": scale}
-    if width % NVFP4_BLOCK:
-        raise ModelError(f"tiny nvfp4: {name} has {width} columns, no multiple of {NVFP4_BLOCK}; use --set")
     packed, scales, global_scale = nvfp4_encode(values)
-    return {
-        name + "_packed": packed,
-        name + "_scale": scales,
-        name + "_global_scale": global_scale,
-        f"{name.removesuffix('.weight')}.input_global_scale": torch.ones(1),
-    }
+    return {name + "_packed": packed, name + "_scale": scales, name + "_global_scale": global_scale}
 
 
 def native_name(name: str) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "Progress",
     "Shapes",
     "check_checkpoint",
+    "check_values",
     "keeps_compressed",
     "open_checkpoint",
     "shard_paths",
@@ -37,6 +38,7 @@ __all__ = [
 
 Shapes = dict[str, Shape]
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+DECODED_SUFFIX = ".kv_b_proj.weight"  # small, and used as a plain tensor in both forms of latent attention
 _SHOWN_PROBLEMS = 12
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
 
@@ -45,7 +47,7 @@ def keeps_compressed(kind: str) -> bool:
     """Whether a linear layer of this stored format stays as it is stored in memory; the one place that decides.
 
     All formats of fewer bits do: where the device has no kernel for them, their layers decode a chunk of rows at a time.
-    Embedding, router, norms and the latent heads (`kv_b_proj`) are used as plain tensors, so `take` decodes them.
+    Embedding, router, norms and the latent heads (`DECODED_SUFFIX`) are used as plain tensors, so `take` decodes them.
     """
     return kind in COMPRESSED
 
@@ -112,6 +114,15 @@ class Checkpoint:
             self._embedding = tensor
         self._loading.done(name)
         return tensor
+
+    def matrices(self, name: str) -> Iterator[Tensor]:
+        """The tensor as `take` gives it, or of a stack of experts one after another."""
+        if len(self._shapes[name]) < 3:
+            yield self.take(name)
+            return
+        for expert in self._experts(name):
+            yield self._decoded(self._of_expert(name, expert))
+        self._loading.done(name)
 
     def _fused(self, parts: Sequence[tuple[str, slice, slice]]) -> Linear:
         names = [name for name, _, _ in parts]
@@ -236,3 +247,12 @@ def check_checkpoint(model_dir: Path, shapes: Shapes) -> int:
     """The number of parameters, when the tensors fit. Raises ModelError as `open_checkpoint` does; loads nothing."""
     with open_checkpoint(model_dir, shapes, torch.float32, torch.device("cpu")):
         return sum(math.prod(shape) for shape in shapes.values())
+
+
+def check_values(model_dir: Path, shapes: Shapes, progress: Progress = silent) -> None:
+    """Reads and decodes every tensor. Raises ModelError that names those that hold NaN or infinities."""
+    with open_checkpoint(model_dir, shapes, torch.float32, torch.device("cpu"), progress, compressed=False) as checkpoint:
+        broken = [name for name in shapes if not all(bool(part.isfinite().all()) for part in checkpoint.matrices(name))]
+    if broken:
+        shown = ", ".join(broken[:_SHOWN_PROBLEMS]) + (" and more" if len(broken) > _SHOWN_PROBLEMS else "")
+        raise ModelError(f"{model_dir}: not finite: {shown}; copy these files again")
