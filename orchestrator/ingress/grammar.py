@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protos.contract.errors import AutanError, InvalidRequest, ModelError
+from protos.contract.errors import AutanError, InvalidRequest, ModelError, UnavailableError
 from protos.contract.grammar import (
     ANY_OBJECT,
     JSON_SPACE,
@@ -83,15 +83,17 @@ class GrammarCheck:
             return
         loop = asyncio.get_running_loop()
         if self._pool is None:
-            self._pool = deep_executor(1, "grammar-check")
+            self._pool = deep_executor(2, "grammar-check")
         async with self._loading:
             if self._tokens is None:
                 self._tokens = await loop.run_in_executor(self._pool, self._load)
-        work = loop.run_in_executor(self._pool, _compile, grammar, self._tokens)
+        work = self._pool.submit(_compile, grammar, self._tokens)
         try:
             async with asyncio.timeout(PATIENCE_S):
-                await work
+                await asyncio.wrap_future(work)
         except TimeoutError:
+            if work.cancel():
+                raise UnavailableError("the check of grammars is busy; come back later", PATIENCE_S) from None
             raise InvalidRequest(f"sampling.grammar.{grammar.kind}: it takes too long to compile; simplify it") from None
         self._known[digest] = None
         if len(self._known) > _MAX_KNOWN:

@@ -93,6 +93,7 @@ HOSTILE: dict[str, Grammar] = {
     "ambiguity": lark('start: s\ns: s s s s | s s s | s s | "a" | "aa" | ""'),
     "a chain of rules": lark(_chain(1000, "{a}: {b}")),
     "a chain of repetitions": lark(_chain(1000, "{a}: ({b}?)+")),
+    "a chain of terminals": lark(_chain(1000, "{a}: ({b}|/b/)+").upper().replace("START", "start").replace("/B/", "/b/")),
     "4,000 ways": lark("start: " + " | ".join(f'"k{i}" start' for i in range(4000)) + ' | "z"'),
 }
 """Grammars that compile, or do not; either way quickly, and the process lives."""

@@ -40,7 +40,7 @@ class LlguidanceConstrainer:
         self._grammars = CompiledGrammars(load)
         self._vocab_size = vocab_size
         self._eos = frozenset(eos_token_ids)
-        self._pool = deep_executor(max(1, min(4, (os.cpu_count() or 2) // 2)), "grammar")
+        self._pool = deep_executor(max(2, min(4, (os.cpu_count() or 2) // 2)), "grammar")
         self._pool.submit(self._warm_up)
 
     def open(self, sampling: SamplingParams, num_prompt: int) -> SequenceMatcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 
 from configs.model_card import oracle_card, read_model_card
 from orchestrator.client.messages import generate_request
+from orchestrator.ingress import grammar as door
 from orchestrator.ingress.grammar import GrammarCheck, read_grammar, to_wire
 from orchestrator.ingress.model import load_served_model
 from orchestrator.ingress.records import spec_of, stream_of
 from orchestrator.ingress.validate import Limits, check_request, fit
-from protos.contract.errors import InvalidRequest
+from protos.contract.errors import InvalidRequest, UnavailableError
 from protos.contract.grammar import ANY_OBJECT, Grammar, GrammarKind
 from protos.wire import common, inference
 from tests.support.grammars import HOSTILE, PHONE, REFUSED, SCHEMA, SUM, json_schema, lark, regex
@@ -117,6 +119,24 @@ def test_a_grammar_reaches_the_engine_as_it_was_sent(folder: Path, arguments: di
     assert sampling_params(spec).grammar == grammar
     stream = stream_of(spec, model)
     assert stream._bounds.min_tokens == (4 if grammar is None else 0), "an end that the grammar forces is an end"
+
+
+def test_a_busy_check_sends_clients_away_and_a_slow_grammar_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "PATIENCE_S", 0.1)
+    over = threading.Event()
+    monkeypatch.setattr(door, "_compile", lambda grammar, tokens: over.wait(20))
+    check = a_check(folder)
+
+    async def ask() -> list[BaseException | None]:
+        return await asyncio.gather(*[check.check(regex(f"a{n}")) for n in range(3)], return_exceptions=True)
+
+    try:
+        outcomes = asyncio.run(ask())
+        assert [type(one) for one in outcomes] == [InvalidRequest, InvalidRequest, UnavailableError]
+        assert not check._known
+    finally:
+        over.set()
+        check.close()
 
 
 def test_the_client_takes_one_grammar() -> None:
