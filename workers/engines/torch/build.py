@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from configs.model_card import card_of
+from configs.model_card import ModelCard, card_of
 from configs.schema.pools import EngineConfig, ModelConfig
 from protos.contract.errors import ModelError
 from workers.batching.paged_engine import EngineLimits, PagedEngine
+from workers.batching.runner import Runner
 from workers.engine_api.protocol import Engine
-from workers.engine_api.types import ModelIdentity
-from workers.engines.torch.config import read_config
+from workers.engine_api.types import KvLayout, ModelIdentity
+from workers.engines.torch.config import DecoderConfig, read_config
+from workers.engines.torch.models.decoder import Decoder
 from workers.engines.torch.models.registry import load_decoder
+from workers.engines.torch.ranks import SOLO, Ranks
 from workers.engines.torch.runner import TorchRunner, layout_of
 from workers.engines.torch.weights import weights_digest
 from workers.grammar.matching import LlguidanceConstrainer
@@ -28,9 +32,18 @@ def create_engine(model: ModelConfig, engine: EngineConfig, model_dir: Path) -> 
     `engine.threads` sets torch's threads for the whole process. Raises ModelError, naming the key or the tensor, when
     the checkpoint cannot be served as the cluster file asks.
     """
+    set_threads(engine)
+    return engine_over(create_runner(model, engine, model_dir), engine, model_dir)
+
+
+def set_threads(engine: EngineConfig) -> None:
+    """Sets torch's threads for the whole process."""
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
-    runner = create_runner(model, engine, model_dir)
+
+
+def engine_over(runner: Runner, engine: EngineConfig, model_dir: Path) -> Engine:
+    """The batching engine over a runner."""
     return PagedEngine(
         runner,
         EngineLimits(
@@ -48,34 +61,74 @@ def _constrainer(identity: ModelIdentity, model_dir: Path) -> LlguidanceConstrai
 
 
 def create_runner(model: ModelConfig, engine: EngineConfig, model_dir: Path) -> TorchRunner:
-    """The runner below the engine. Raises ModelError."""
+    """The runner below the engine of one rank alone. Raises ModelError."""
+    parts = read_parts(model, engine, model_dir)
+    return make_runner(parts, model, parts.load(SOLO), parts.layout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerParts:
+    """What the cluster file and the small files of a checkpoint say of a runner, on every rank alike."""
+
+    config: DecoderConfig
+    card: ModelCard
+    engine: EngineConfig
+    model_dir: Path
+    dtype: torch.dtype
+    device: torch.device
+    layout: KvLayout  # of full rows
+
+    def load(self, ranks: Ranks) -> Decoder:
+        """The decoder with this rank's weights. Raises ModelError."""
+        compressed = self.engine.weights == "stored"
+        return load_decoder(self.config, self.model_dir, self.dtype, self.device, ranks=ranks, compressed=compressed)
+
+
+def read_parts(model: ModelConfig, engine: EngineConfig, model_dir: Path, rank: int = 0) -> RunnerParts:
+    """Reads everything but the weights. Raises ModelError."""
     card = card_of(model, model_dir)
     config = read_config(model_dir)
-    dtype, device = _DTYPES[model.dtype], _device(engine)
+    dtype = _DTYPES[model.dtype]
     if model.deterministic and dtype is not torch.float32:
         raise ModelError(
             f"model {model.name}: deterministic needs dtype float32; in {model.dtype} the size of a batch moves the last bits"
         )
+    return RunnerParts(
+        config=config,
+        card=card,
+        engine=engine,
+        model_dir=model_dir,
+        dtype=dtype,
+        device=_device(engine, rank),
+        layout=layout_of(config, dtype, engine.block_tokens),
+    )
+
+
+def make_runner(parts: RunnerParts, model: ModelConfig, decoder: Decoder, layout: KvLayout) -> TorchRunner:
+    """A runner whose pool has this layout: that of full rows, or of one rank's share of them."""
     identity = ModelIdentity(
         model=model.name,
-        architecture=config.architecture,
-        weights_digest=weights_digest(model_dir),
-        tokenizer_digest=card.tokenizer_digest,
-        vocab_size=config.vocab_size,
-        context_tokens=card.context_tokens,
-        eos_token_ids=card.eos_token_ids,
+        architecture=parts.config.architecture,
+        weights_digest=weights_digest(parts.model_dir),
+        tokenizer_digest=parts.card.tokenizer_digest,
+        vocab_size=parts.config.vocab_size,
+        context_tokens=parts.card.context_tokens,
+        eos_token_ids=parts.card.eos_token_ids,
     )
     return TorchRunner(
-        decoder=load_decoder(config, model_dir, dtype, device, compressed=engine.weights == "stored"),
+        decoder=decoder,
         identity=identity,
-        layout=layout_of(config, dtype, engine.block_tokens),
-        num_blocks=engine.num_blocks,
-        dtype=dtype,
-        device=device,
+        layout=layout,
+        num_blocks=parts.engine.num_blocks,
+        dtype=parts.dtype,
+        device=parts.device,
     )
 
 
-def _device(engine: EngineConfig) -> torch.device:
-    if engine.device == "cuda" and not torch.cuda.is_available():
+def _device(engine: EngineConfig, rank: int) -> torch.device:
+    if engine.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise ModelError("engine device cuda: torch finds no CUDA device here; use device cpu or install a CUDA build of torch")
-    return torch.device(engine.device)
+    # Under Ray each rank sees the one device that it was given; plain processes see all of the machine's.
+    return torch.device("cuda", rank % torch.cuda.device_count())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -44,6 +44,7 @@ class TorchRunner:
         self._device = device
         self._cache = KvCache(layout, num_blocks, dtype, device)
         self._sampler = Sampler()
+        self.before_forward: Callable[[Sequence[Slice]], None] | None = None  # hears of every batch that is computed
 
     @property
     def identity(self) -> ModelIdentity:
@@ -66,10 +67,11 @@ class TorchRunner:
         live = [index for index, result in enumerate(results) if result.error is None]
         if not live:
             return results
+        pieces = [batch[index] for index in live]
+        if self.before_forward is not None:
+            self.before_forward(pieces)
         with torch.inference_mode():
-            logits = self._decoder.forward(
-                build_batch([batch[index] for index in live], self._cache, self._device), self._cache
-            )
+            logits = self._decoder.forward(build_batch(pieces, self._cache, self._device), self._cache)
             drawn = [index for index in live if batch[index].sample]
             if drawn:
                 tokens = self._sampler.sample(logits, [batch[index] for index in drawn])

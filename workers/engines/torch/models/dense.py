@@ -15,7 +15,7 @@ from workers.engines.torch.layers.norm import rms_norm
 from workers.engines.torch.layers.rope import inverse_frequencies, rope_tables, rotate
 from workers.engines.torch.models.decoder import logits_of
 from workers.engines.torch.models.dense_weights import DenseWeights
-from workers.engines.torch.ranks import Ranks
+from workers.engines.torch.ranks import Ranks, kv_head_share
 
 
 class DenseDecoder:
@@ -26,13 +26,15 @@ class DenseDecoder:
         self._weights = weights
         self._attention = attention
         self._ranks = ranks
+        held = kv_head_share(config.num_kv_heads, ranks)
+        self._num_kv_heads = held.stop - held.start
         self._inverse_frequencies = inverse_frequencies(config.rope).to(weights.embedding.device)
 
     def forward(self, batch: ForwardBatch, cache: KvCache) -> Tensor:
         """See Decoder.forward."""
         config, ranks = self._config, self._ranks
         eps, dim = config.rms_norm_eps, config.head_dim
-        heads, kv_heads = config.num_heads // ranks.size, config.num_kv_heads // ranks.size
+        heads, kv_heads = config.num_heads // ranks.size, self._num_kv_heads
         x = F.embedding(batch.token_ids, self._weights.embedding)
         tables = rope_tables(config.rope, self._inverse_frequencies, batch.positions, x.dtype)
         for index, layer in enumerate(self._weights.layers):

@@ -9,7 +9,7 @@ from torch import Tensor
 from workers.engines.torch.config import DenseConfig
 from workers.engines.torch.layers.linear import Linear
 from workers.engines.torch.layers.mlp import MlpWeights
-from workers.engines.torch.ranks import Ranks, share
+from workers.engines.torch.ranks import Ranks, kv_head_share, share
 from workers.engines.torch.weights import Checkpoint, Shapes
 
 
@@ -69,7 +69,8 @@ def load_dense(config: DenseConfig, checkpoint: Checkpoint, ranks: Ranks) -> Den
 def _load_layer(config: DenseConfig, checkpoint: Checkpoint, ranks: Ranks, prefix: str) -> DenseLayer:
     attention, feed = prefix + "self_attn.", prefix + "mlp."
     heads = share(config.num_heads, ranks, "num_attention_heads", each=config.head_dim)
-    kv_heads = share(config.num_kv_heads, ranks, "num_key_value_heads", each=config.head_dim)
+    held = kv_head_share(config.num_kv_heads, ranks)
+    kv_heads = slice(held.start * config.head_dim, held.stop * config.head_dim)
     inner = share(config.intermediate_size, ranks, "intermediate_size")
     return DenseLayer(
         input_norm=checkpoint.take(prefix + "input_layernorm.weight"),
