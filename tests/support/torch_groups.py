@@ -45,7 +45,7 @@ def a_group(model_dir: Path, ranks: int, dtype: str = "float32", **fields: Any) 
         yield alone, []
         alone.close()
         return
-    places = [GroupPlace(rank=rank, ranks=ranks, timeout_s=TIMEOUT_S) for rank in range(ranks)]
+    places = [GroupPlace(rank=rank, ranks=ranks, step_timeout_s=TIMEOUT_S) for rank in range(ranks)]
     head, door = create_head(model, engine, model_dir, places[0])
     others = [ThreadedRank(create_follower(model, engine, model_dir, place), door) for place in places[1:]]
     try:

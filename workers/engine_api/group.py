@@ -12,15 +12,16 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupPlace:
-    """Which rank this is. `host` is where it may listen; a peer that is silent for `timeout_s` in a step is lost."""
+    """Which rank this is. `host` is where it may listen.
+
+    A rank that is silent for `step_timeout_s` in a step, or for `link_timeout_s` when KV bytes are asked of it, is lost.
+    """
 
     rank: int = 0
     ranks: int = 1
     host: str = "127.0.0.1"
-    timeout_s: float = 10.0
-
-
-SOLO_PLACE = GroupPlace()
+    step_timeout_s: float = 10.0
+    link_timeout_s: float = 3.0
 
 
 class GroupDoor(Protocol):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from configs.schema.pools import EngineConfig, ModelConfig
 from protos.contract.errors import ConfigError
+from workers.engine_api.group import EngineShare, GroupDoor, GroupPlace
 from workers.engine_api.protocol import Engine
 
 
@@ -16,9 +17,33 @@ def build_engine(model: ModelConfig, engine: EngineConfig, model_dir: Path | Non
 
         return oracle.create_engine(model, engine)
     if engine.kind == "torch":
-        if model_dir is None:
-            raise ConfigError(f"model.source: the torch engine needs the checkpoint folder of {model.name}")
         from workers.engines.torch import build as torch_build
 
-        return torch_build.create_engine(model, engine, model_dir)
+        return torch_build.create_engine(model, engine, _folder(model, model_dir))
     raise ConfigError(f"engine.kind: {engine.kind} is not available in this build; use oracle or torch")
+
+
+def build_head(
+    model: ModelConfig, engine: EngineConfig, model_dir: Path | None, place: GroupPlace
+) -> tuple[Engine, GroupDoor | None]:  # fmt: skip
+    """Rank 0's engine and where the other ranks connect, None when they have nothing to compute. Raises as build_engine."""
+    if engine.kind != "torch" or place.ranks == 1:
+        return build_engine(model, engine, model_dir), None
+    from workers.engines.torch import build_group
+
+    return build_group.create_head(model, engine, _folder(model, model_dir), place)
+
+
+def build_share(model: ModelConfig, engine: EngineConfig, model_dir: Path | None, place: GroupPlace) -> EngineShare | None:
+    """The share of a rank above 0, None for an engine that rank 0 computes alone. Raises as build_engine."""
+    if engine.kind != "torch":
+        return None
+    from workers.engines.torch import build_group
+
+    return build_group.create_follower(model, engine, _folder(model, model_dir), place)
+
+
+def _folder(model: ModelConfig, model_dir: Path | None) -> Path:
+    if model_dir is None:
+        raise ConfigError(f"model.source: the torch engine needs the checkpoint folder of {model.name}")
+    return model_dir

@@ -1,7 +1,8 @@
 """Ranks of one instance: those above 0 hold a stream open to rank 0, and the end of any stream is the end of all ranks.
 
-Rank 0 alone is registered, so its incarnation fences the group. The group is complete, and the instance READY, when every
-rank has joined. A rank that joined once never joins again: its process ends and is started anew.
+Rank 0 alone is registered, so its incarnation fences the group. The group is complete when every rank has joined and has
+loaded its share; only then are they told where to connect to compute, and the instance is READY when they are connected. A
+rank that joined once never joins again: its process ends and is started anew.
 """
 
 from __future__ import annotations
@@ -17,10 +18,20 @@ import grpc
 import grpc.aio
 
 from configs.worker_spec import WorkerSpec
-from protos.contract.errors import AutanError, HandoffTimeout, InvalidRequest, StaleIncarnation
+from protos.contract.errors import (
+    AutanError,
+    ConfigError,
+    EngineFailure,
+    HandoffTimeout,
+    InvalidRequest,
+    ModelError,
+    StaleIncarnation,
+)
 from protos.rpc import error_of, open_channel, worker_pb2_grpc
 from protos.wire import worker
+from workers.engine_api.group import GroupDoor, GroupPlace
 from workers.service.lifecycle import ExitCode
+from workers.service.rank_share import ShareThread
 from workers.service.store import WorkerStore
 
 logger = logging.getLogger(__name__)
@@ -28,24 +39,53 @@ logger = logging.getLogger(__name__)
 _REJOIN_S = 0.2
 
 
+def place_of(spec: WorkerSpec, host: str) -> GroupPlace:
+    """Where this rank stands and how long it waits for the others."""
+    timing = spec.timing
+    return GroupPlace(
+        rank=spec.rank,
+        ranks=spec.ranks,
+        host=host,
+        step_timeout_s=timing.progress_timeout_s,
+        link_timeout_s=timing.lease_s,
+    )
+
+
+def end_of_share(error: BaseException) -> ExitCode:
+    """How a rank above 0 ends that can no longer compute."""
+    if isinstance(error, ConfigError | ModelError):
+        return ExitCode.BAD_SPEC
+    return ExitCode.GROUP_BROKEN if isinstance(error, EngineFailure) else ExitCode.ENGINE_LOST
+
+
 class GroupHead:
     """Rank 0's view of the group."""
 
     def __init__(
-        self, *, group: str, ranks: int, lease_s: float, incarnation: Callable[[], int], on_broken: Callable[[], None]
+        self,
+        *,
+        group: str,
+        ranks: int,
+        lease_s: float,
+        incarnation: Callable[[], int],
+        on_broken: Callable[[], None],
+        door: GroupDoor | None = None,
     ) -> None:
         self._group = group
         self._ranks = ranks
         self._lease_s = lease_s
         self._incarnation = incarnation
         self._on_broken = on_broken
+        self._door = door
+        self._is_broken = False
         self._joined: set[int] = set()
+        self._loaded: set[int] = set()
         self._complete = asyncio.Event()
         if ranks == 1:
             self._complete.set()
 
     async def wait_complete(self) -> None:
-        """Until every rank has joined."""
+        """Until every rank has joined and loaded."""
         await self._complete.wait()
 
     async def serve(self, beats: AsyncIterator[worker.RankBeat]) -> AsyncIterator[worker.GroupBeat]:
@@ -58,16 +98,28 @@ class GroupHead:
         if first.rank in self._joined:
             raise StaleIncarnation(f"rank {first.rank} of {self._group} has joined already")
         self._joined.add(first.rank)
-        if len(self._joined) == self._ranks - 1:
-            self._complete.set()
         try:
             beat: worker.RankBeat | None = first
-            while beat is not None:
-                yield worker.GroupBeat(incarnation=self._incarnation())
+            while beat is not None and not self._is_broken:
+                if beat.loaded:
+                    self._has_loaded(first.rank)
+                yield self._answer()
                 beat = await self._next(beats)
         finally:
+            self._is_broken = True
             logger.error("rank %d of %s is gone", first.rank, self._group)
             self._on_broken()
+
+    def _has_loaded(self, rank: int) -> None:
+        self._loaded.add(rank)
+        if len(self._loaded) == self._ranks - 1:
+            self._complete.set()
+
+    def _answer(self) -> worker.GroupBeat:
+        answer = worker.GroupBeat(incarnation=self._incarnation())
+        if self._door is not None and self._complete.is_set():
+            answer.link_address, answer.link_token = self._door.address, self._door.token
+        return answer
 
     async def _next(self, beats: AsyncIterator[worker.RankBeat]) -> worker.RankBeat | None:
         try:
@@ -78,10 +130,11 @@ class GroupHead:
 
 
 class GroupFollower:
-    """The life of a rank above 0: finds rank 0, joins, beats, ends with it."""
+    """The life of a rank above 0: finds rank 0, joins, beats, lets its share connect, ends with rank 0."""
 
-    def __init__(self, spec: WorkerSpec, store: WorkerStore, options: list[tuple[str, Any]]) -> None:
+    def __init__(self, spec: WorkerSpec, store: WorkerStore, options: list[tuple[str, Any]], share: ShareThread) -> None:
         self._spec = spec
+        self._share = share
         self._store = store
         self._options = options
 
@@ -116,6 +169,8 @@ class GroupFollower:
                     if beat is grpc.aio.EOF:
                         return joined
                     joined = True
+                    if beat.link_address:
+                        self._share.connect(beat.link_address, beat.link_token)
             except (grpc.RpcError, TimeoutError) as error:
                 reason = error_of(error) if isinstance(error, grpc.RpcError) else "no beat in time"
                 logger.warning("rank %d of %s left rank 0: %s", self._spec.rank, self._spec.instance_id, reason)
@@ -126,5 +181,6 @@ class GroupFollower:
 
     async def _beats(self) -> AsyncIterator[worker.RankBeat]:
         while True:
-            yield worker.RankBeat(group=self._spec.instance_id, rank=self._spec.rank, pid=os.getpid())
-            await asyncio.sleep(self._spec.timing.heartbeat_s)
+            loaded = self._share.loaded
+            yield worker.RankBeat(group=self._spec.instance_id, rank=self._spec.rank, pid=os.getpid(), loaded=loaded)
+            await (asyncio.sleep if loaded else self._share.wait_loaded)(self._spec.timing.heartbeat_s)

@@ -19,16 +19,18 @@ from configs.worker_spec import WorkerSpec
 from protos.contract.errors import AutanError, ConfigError, EngineFailure, ModelError
 from protos.rpc import GuardInterceptor, kv_pb2_grpc, server_options, worker_pb2_grpc
 from protos.wire import common, worker
+from workers.engine_api.group import GroupDoor
 from workers.engine_api.protocol import Engine
 from workers.service.assembly import Assembly, Base, assemble, wire_options
-from workers.service.build import build_engine
+from workers.service.build import build_head, build_share
 from workers.service.engine_thread import EngineThread, StepEvent
 from workers.service.failpoints import Failpoints
-from workers.service.group import GroupFollower, GroupHead
+from workers.service.group import GroupFollower, GroupHead, end_of_share, place_of
 from workers.service.identity import card_of, stats_of
 from workers.service.inbox import Inbox, InboxContext
-from workers.service.lifecycle import ExitCode, InstanceState
+from workers.service.lifecycle import BROKEN_CODES, ExitCode, InstanceState
 from workers.service.membership import Membership
+from workers.service.rank_share import ShareThread
 from workers.service.renewals import RenewalContext, Renewals
 from workers.service.servicers import Health, KvTransferService, WorkerService
 from workers.service.store import WorkerStore
@@ -41,6 +43,7 @@ _REGISTER_BACKOFF_S = 0.5
 _DRAIN_POLL_S = 0.02
 _SERVER_GRACE_S = 0.5
 _CLOSE_TIMEOUT_S = 5.0
+_BROKEN_TIMEOUT_S = 0.5  # a collective with a rank that stands does not come back
 
 
 def bind_host(spec: WorkerSpec) -> str:
@@ -66,6 +69,9 @@ class WorkerHost:
         self.me = Membership(instance_id=spec.instance_id)
         self.address = ""
         self._make_engine = make_engine or self._build
+        self._door: GroupDoor | None = None
+        self._share: ShareThread | None = None
+        self._following: asyncio.Task[ExitCode] | None = None
         self._failpoints = Failpoints(spec.failpoints)
         self._store = WorkerStore(spec.store_url, spec.cluster, spec.store_timeout_s)
         self._thread = EngineThread(self._on_step, self._on_engine_death, self._failpoints)
@@ -89,7 +95,7 @@ class WorkerHost:
             host = bind_host(self.spec)
             if self.spec.rank > 0:
                 self.address = f"{host}:0"
-                return await self._follow()
+                return await self._follow(host)
             await self._start(host)
             on_serving()
             return await asyncio.shield(self._ended)
@@ -135,7 +141,12 @@ class WorkerHost:
 
     def _build(self) -> Engine:
         spec = self.spec
-        return build_engine(spec.model, spec.engine, Path(spec.model_dir) if spec.model_dir else None)
+        engine, self._door = build_head(spec.model, spec.engine, self._model_dir, place_of(spec, bind_host(spec)))
+        return engine
+
+    @property
+    def _model_dir(self) -> Path | None:
+        return Path(self.spec.model_dir) if self.spec.model_dir else None
 
     async def _start(self, host: str) -> None:
         spec, timing = self.spec, self.spec.timing
@@ -146,6 +157,7 @@ class WorkerHost:
             lease_s=timing.lease_s,
             incarnation=lambda: self.me.number,
             on_broken=self._on_group_broken,
+            door=self._door,
         )
         self._parts = assemble(
             Base(
@@ -233,6 +245,14 @@ class WorkerHost:
     async def _become_ready(self, incarnation: int) -> None:
         assert self._group is not None and self._renewals is not None
         await self._group.wait_complete()
+        door = self._door
+        if door is not None:
+            try:
+                await self._thread.call(lambda engine: door.connect())
+            except EngineFailure as error:
+                logger.error("the ranks of %s do not connect: %s", self.spec.instance_id, error)
+                self.end(ExitCode.GROUP_BROKEN)
+                return
         if self.me.incarnation == incarnation and self.me.state is InstanceState.STARTING:
             self.me.lifecycle.move(InstanceState.DRAINING if self._stopping else InstanceState.READY)
             self._renewals.beat_soon()
@@ -248,16 +268,29 @@ class WorkerHost:
         self.me.lifecycle.move(InstanceState.STARTING)
         await self._register()
 
-    async def _follow(self) -> ExitCode:
-        follower = GroupFollower(self.spec, self._store, wire_options(self.spec))
-        following = asyncio.create_task(follower.run())
+    async def _follow(self, host: str) -> ExitCode:
+        spec = self.spec
+        place = place_of(spec, host)
+        share = self._share = ShareThread(
+            lambda: build_share(spec.model, spec.engine, self._model_dir, place), self._on_share_end
+        )
+        share.start()
+        following = asyncio.create_task(GroupFollower(spec, self._store, wire_options(spec), share).run())
+        self._following = following
         assert self._ended is not None
         await asyncio.wait({following, self._ended}, return_when=asyncio.FIRST_COMPLETED)
         if not following.done():
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
             return self._ended.result()
-        return following.result()
+        self.end(ExitCode.STOPPED if self._stopping else following.result())
+        return self._ended.result()
+
+    def _on_share_end(self, error: BaseException | None) -> None:
+        if error is None:
+            return  # rank 0 ended the group: its stream ends as well
+        logger.error("rank %d of %s cannot compute: %s", self.spec.rank, self.spec.instance_id, error, exc_info=error)
+        self.end(end_of_share(error))
 
     # -- while it runs --------------------------------------------------------------------------------------------------
 
@@ -270,7 +303,7 @@ class WorkerHost:
 
     def _on_engine_death(self, error: BaseException) -> None:
         logger.error("the engine is lost: %s", error)
-        self.end(ExitCode.ENGINE_LOST)
+        self.end(ExitCode.GROUP_BROKEN if self._door is not None and isinstance(error, EngineFailure) else ExitCode.ENGINE_LOST)
 
     def _on_fenced(self) -> None:
         self._tasks.spawn(self._register_again())
@@ -304,6 +337,11 @@ class WorkerHost:
     # -- stop -----------------------------------------------------------------------------------------------------------
 
     async def _stop(self, grace_s: float) -> None:
+        if self._following is not None:
+            # Rank 0 may still need this rank for what it drains.
+            await asyncio.wait({self._following}, timeout=grace_s)
+            self.end(ExitCode.STOPPED)
+            return
         if self.me.state in (InstanceState.STARTING, InstanceState.READY):
             self.me.lifecycle.move(InstanceState.DRAINING)
         if self._renewals is not None:
@@ -316,9 +354,13 @@ class WorkerHost:
 
     async def _close(self) -> None:
         """Gives everything back, whatever state the start reached, as far as a hung engine lets it."""
+        broken = self._ended is not None and self._ended.done() and self._ended.result() in BROKEN_CODES
+        patience_s = _BROKEN_TIMEOUT_S if broken else _CLOSE_TIMEOUT_S
         await self._tasks.cancel()
+        if self._share is not None:
+            await self._share.stop(patience_s)
         with suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            async with asyncio.timeout(patience_s):
                 await self._give_back()
         if self.me.incarnation is not None:
             with suppress(AutanError):
@@ -327,7 +369,7 @@ class WorkerHost:
             self.me.lifecycle.move(InstanceState.STOPPED)
         if self._server is not None:
             await self._server.stop(_SERVER_GRACE_S)
-        await self._thread.stop(_CLOSE_TIMEOUT_S)
+        await self._thread.stop(patience_s)
         await self._store.close()
 
     async def _give_back(self) -> None:

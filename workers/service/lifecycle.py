@@ -51,6 +51,9 @@ class ExitCode(IntEnum):
     ORPHANED = 13  # the parent is gone
 
 
+BROKEN_CODES = frozenset({ExitCode.GROUP_BROKEN, ExitCode.ENGINE_LOST})
+
+
 def instance_lifecycle() -> Lifecycle[InstanceState]:
     """An instance that is not registered yet."""
     return Lifecycle(INSTANCE_MOVES, InstanceState.STARTING)

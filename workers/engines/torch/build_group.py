@@ -26,7 +26,7 @@ def create_head(
     shares = [row_share(parts.config, parts.layout, RankOf(rank, place.ranks)) for rank in range(place.ranks)]
     ranks = _ranks(model, parts, place)
     inner = make_runner(parts, model, parts.load(ranks), shares[0].layout(parts.layout))
-    hub = GroupHub(LinkDoor(place.host, place.ranks, place.timeout_s), ranks, place.host)
+    hub = GroupHub(LinkDoor(place.host, place.ranks, place.step_timeout_s, place.link_timeout_s), ranks, place.host)
     return engine_over(GroupRunner(inner, parts.layout, shares, hub), engine, model_dir), hub
 
 
@@ -38,10 +38,10 @@ def create_follower(model: ModelConfig, engine: EngineConfig, model_dir: Path, p
     layout = row_share(parts.config, parts.layout, ranks).layout(parts.layout)
     decoder = parts.load(ranks)
     cache = KvCache(layout, engine.num_blocks, parts.dtype, parts.device)
-    return EngineFollower(decoder, cache, ranks, parts.device, place.timeout_s)
+    return EngineFollower(decoder, cache, ranks, parts.device, place.step_timeout_s)
 
 
 def _ranks(model: ModelConfig, parts: RunnerParts, place: GroupPlace) -> DistributedRanks:
     return DistributedRanks(
-        place.rank, place.ranks, place.host, parts.device, place.timeout_s, ordered=model.deterministic
+        place.rank, place.ranks, place.host, parts.device, place.step_timeout_s, ordered=model.deterministic
     )  # fmt: skip

@@ -113,12 +113,13 @@ class Link:
 class LinkDoor:
     """Rank 0's listener. Implements the address and token of GroupDoor."""
 
-    def __init__(self, host: str, ranks: int, timeout_s: float) -> None:
+    def __init__(self, host: str, ranks: int, timeout_s: float, link_timeout_s: float) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host.strip("[]"), 0), family=family)
         self._host = host
         self._ranks = ranks
         self._timeout_s = timeout_s
+        self._link_timeout_s = link_timeout_s
         self.token = secrets.token_bytes(_TOKEN_BYTES)
         self.address = f"{host}:{self._listener.getsockname()[1]}"
 
@@ -131,7 +132,7 @@ class LinkDoor:
             if key is None or key in found:
                 connection.close()
                 continue
-            found[key] = Link(connection, key[0], self._timeout_s)
+            found[key] = Link(connection, key[0], self._link_timeout_s)
         self.close()
         return {channel: [found[rank, channel] for rank in range(1, self._ranks)] for channel in Channel}
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.gen.autan.v1 import common_pb2 as autan_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61utan/v1/worker.proto\x12\x08\x61utan.v1\x1a\x15\x61utan/v1/common.proto\"\x15\n\x13WorkerStatusRequest\"\xbb\x01\n\x11WorkerStatusReply\x12$\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x16.autan.v1.InstanceCard\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.autan.v1.InstanceState\x12&\n\x05stats\x18\x04 \x01(\x0b\x32\x17.autan.v1.InstanceStats\x12\x0e\n\x06ledger\x18\x05 \x03(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\"4\n\x08RankBeat\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\" \n\tGroupBeat\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x32\x88\x01\n\x06Worker\x12\x44\n\x06Status\x12\x1d.autan.v1.WorkerStatusRequest\x1a\x1b.autan.v1.WorkerStatusReply\x12\x38\n\tJoinGroup\x12\x12.autan.v1.RankBeat\x1a\x13.autan.v1.GroupBeat(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61utan/v1/worker.proto\x12\x08\x61utan.v1\x1a\x15\x61utan/v1/common.proto\"\x15\n\x13WorkerStatusRequest\"\xbb\x01\n\x11WorkerStatusReply\x12$\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x16.autan.v1.InstanceCard\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.autan.v1.InstanceState\x12&\n\x05stats\x18\x04 \x01(\x0b\x32\x17.autan.v1.InstanceStats\x12\x0e\n\x06ledger\x18\x05 \x03(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\"D\n\x08RankBeat\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06loaded\x18\x04 \x01(\x08\"J\n\tGroupBeat\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x14\n\x0clink_address\x18\x02 \x01(\t\x12\x12\n\nlink_token\x18\x03 \x01(\x0c\x32\x88\x01\n\x06Worker\x12\x44\n\x06Status\x12\x1d.autan.v1.WorkerStatusRequest\x1a\x1b.autan.v1.WorkerStatusReply\x12\x38\n\tJoinGroup\x12\x12.autan.v1.RankBeat\x1a\x13.autan.v1.GroupBeat(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,9 +37,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERSTATUSREPLY']._serialized_start=82
   _globals['_WORKERSTATUSREPLY']._serialized_end=269
   _globals['_RANKBEAT']._serialized_start=271
-  _globals['_RANKBEAT']._serialized_end=323
-  _globals['_GROUPBEAT']._serialized_start=325
-  _globals['_GROUPBEAT']._serialized_end=357
-  _globals['_WORKER']._serialized_start=360
-  _globals['_WORKER']._serialized_end=496
+  _globals['_RANKBEAT']._serialized_end=339
+  _globals['_GROUPBEAT']._serialized_start=341
+  _globals['_GROUPBEAT']._serialized_end=415
+  _globals['_WORKER']._serialized_start=418
+  _globals['_WORKER']._serialized_end=554
 # @@protoc_insertion_point(module_scope)

@@ -28,17 +28,23 @@ class WorkerStatusReply(_message.Message):
     def __init__(self, card: _Optional[_Union[_common_pb2.InstanceCard, _Mapping]] = ..., incarnation: _Optional[int] = ..., state: _Optional[_Union[_common_pb2.InstanceState, str]] = ..., stats: _Optional[_Union[_common_pb2.InstanceStats, _Mapping]] = ..., ledger: _Optional[_Iterable[str]] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class RankBeat(_message.Message):
-    __slots__ = ("group", "rank", "pid")
+    __slots__ = ("group", "rank", "pid", "loaded")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
     group: str
     rank: int
     pid: int
-    def __init__(self, group: _Optional[str] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+    loaded: bool
+    def __init__(self, group: _Optional[str] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ..., loaded: _Optional[bool] = ...) -> None: ...
 
 class GroupBeat(_message.Message):
-    __slots__ = ("incarnation",)
+    __slots__ = ("incarnation", "link_address", "link_token")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LINK_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LINK_TOKEN_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
-    def __init__(self, incarnation: _Optional[int] = ...) -> None: ...
+    link_address: str
+    link_token: bytes
+    def __init__(self, incarnation: _Optional[int] = ..., link_address: _Optional[str] = ..., link_token: _Optional[bytes] = ...) -> None: ...
