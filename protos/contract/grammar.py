@@ -20,7 +20,7 @@ MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_LARK_LINES = 1024
 STACK_BYTES = 256 * 1024 * 1024  # address space; four times what the deepest chain of MAX_GRAMMAR_BYTES was seen to touch
 ANY_OBJECT = '{"type":"object"}'
-JSON_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"  # a run without an end would let a model fill its output with blanks
+JSON_SPACE = r"(?:(?:\r?\n){1,2}[ \t]{0,40}|[ \t]{1,40})"  # runs without an end would let a model fill its output with blanks
 
 PARSER_LIMITS = {
     "max_items_in_row": 2_000,

@@ -116,6 +116,20 @@ def test_min_tokens_holds_back_the_end_as_long_as_the_grammar_goes_on(constraine
     assert masks[3] == [EOS], "the grammar has precedence"
 
 
+def test_white_space_of_json_is_bounded(constrainer: LlguidanceConstrainer) -> None:
+    blank, newline = tokens_of("\u0120"), tokens_of("\u010a")
+    pretty = json.dumps({"name": "a", "age": 1, "mood": "sad", "tags": [True]}, indent=4).encode()
+    tokens = [5, 5, 5, *(tokens_of_byte(byte) for byte in pretty), EOS]
+    open_(constrainer, json_schema(SCHEMA)).follow(tokens[:-1])()
+    tokens = [5, 5, 5, tokens_of("{"), newline]
+    for _ in range(45):
+        if blank not in tokens_in(open_(constrainer, json_schema(SCHEMA)).follow(tokens)()):
+            break
+        tokens.append(blank)
+    assert len(tokens) == 5 + 40
+    assert newline not in tokens_in(open_(constrainer, json_schema(SCHEMA)).follow(tokens)())
+
+
 def test_tokens_without_text_are_never_allowed(constrainer: LlguidanceConstrainer) -> None:
     allowed = tokens_in(open_(constrainer, regex("(?s:.*)")).follow([5, 5, 5])())
     assert [token for token in allowed if token < FIRST_BYTE or token >= 272] == [EOS]
@@ -184,6 +198,12 @@ def test_the_cache_keeps_what_was_used_last(folder: Path) -> None:
 def tokens_of(letter: str) -> int:
     tokenizer = byte_tokenizer_files(272, FIRST_BYTE)["tokenizer.json"]
     return int(tokenizer["model"]["vocab"][letter])
+
+
+def tokens_of_byte(byte: int) -> int:
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [other for other in range(256) if other not in shown]
+    return tokens_of(chr(byte) if byte in shown else chr(256 + hidden.index(byte)))
 
 
 def test_bits_agree_with_sets() -> None:
