@@ -34,6 +34,7 @@ class ModelCard:
     has_tokenizer: bool = False
     chat_template: str | None = None
     tokenizer_digest: str = ""
+    has_logits: bool = True  # False: penalties, logit_bias and logprobs are refused
 
     @property
     def has_chat_template(self) -> bool:
@@ -51,6 +52,7 @@ def oracle_card() -> ModelCard:
         eos_token_ids=(2,),
         bos_token_id=1,
         tokenizer_digest="oracle-bytes",
+        has_logits=False,
     )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from orchestrator.client.blocking import Client
 from orchestrator.client.connection import AsyncClient
 from orchestrator.client.endpoint import find_endpoint
-from orchestrator.client.messages import Accepted, Completion, Delta, Event, Finished, Turn
+from orchestrator.client.messages import Accepted, Completion, Delta, Event, Finished, TokenLogprobs, Turn
 
 __all__ = [
     "Accepted",
@@ -26,6 +26,7 @@ __all__ = [
     "Delta",
     "Event",
     "Finished",
+    "TokenLogprobs",
     "Turn",
     "find_endpoint",
 ]

@@ -50,6 +50,10 @@ class Client:
         """See AsyncClient.complete."""
         return self._run(self._async.complete(text, **options))
 
+    def complete_all(self, text: str | None = None, **options: Any) -> list[Completion]:
+        """See AsyncClient.complete_all."""
+        return self._run(self._async.complete_all(text, **options))
+
     def cancel(self, request_id: str) -> str:
         """See AsyncClient.cancel."""
         return self._run(self._async.cancel(request_id))

@@ -14,8 +14,23 @@ import grpc.aio
 
 from configs import env
 from orchestrator.client.endpoint import find_endpoint
-from orchestrator.client.messages import Accepted, Completion, Delta, Event, Finished, Turn, event_of, generate_request
-from protos.contract.errors import AutanError, ClusterUnreachable, PeerUnavailable, UnavailableError, UnknownRequest
+from orchestrator.client.messages import (
+    Collector,
+    Completion,
+    Event,
+    Turn,
+    event_of,
+    generate_request,
+)
+from orchestrator.client.progress import Progress
+from protos.contract.errors import (
+    AutanError,
+    ClusterUnreachable,
+    InvalidRequest,
+    PeerUnavailable,
+    UnavailableError,
+    UnknownRequest,
+)
 from protos.rpc import admin_pb2_grpc, error_of, inference_pb2_grpc, open_channel
 from protos.wire import admin, inference
 
@@ -65,31 +80,18 @@ class AsyncClient:
         return self._resumed(None, request_id, from_index)
 
     async def complete(self, text: str | None = None, **options: Any) -> Completion:
-        """The whole answer; see generate_request for the options."""
-        accepted: Accepted | None = None
-        pieces: list[str] = []
-        ids: list[int] = []
+        """The whole answer; see generate_request for the options. Raises InvalidRequest for several of them."""
+        if options.get("n", 1) != 1:
+            raise InvalidRequest(f"n: {options['n']} answers do not fit one; ask complete_all")
+        (answer,) = await self.complete_all(text, **options)
+        return answer
+
+    async def complete_all(self, text: str | None = None, **options: Any) -> list[Completion]:
+        """The whole answers of all `n` choices, in their order."""
+        collector = Collector()
         async for event in self.generate(text, **options):
-            match event:
-                case Accepted():
-                    accepted = event
-                case Delta():
-                    ids += event.token_ids
-                    pieces.append(event.text)
-                case Finished():
-                    assert accepted is not None
-                    return Completion(
-                        request_id=accepted.request_id,
-                        model=accepted.model,
-                        text="".join(pieces) + event.text,
-                        token_ids=tuple(ids),
-                        finish_reason=event.reason,
-                        prompt_tokens=event.prompt_tokens,
-                        seed=accepted.seed,
-                        stop=event.stop,
-                        timeline=event.timeline,
-                    )
-        raise PeerUnavailable(f"{self.endpoint}: the stream ended without an end")
+            collector.take(event)
+        return [completion for _, completion in sorted(collector.done.items())]
 
     async def cancel(self, request_id: str) -> str:
         """Cancels a request of the key's tenant; returns its state after the call. Idempotent."""
@@ -131,30 +133,31 @@ class AsyncClient:
     async def _resumed(
         self, request: inference.GenerateRequest | None, request_id: str, from_index: int
     ) -> AsyncGenerator[Event, None]:
-        """One stream over as many connections as it takes. `request` is sent until it is accepted; then it is resumed."""
-        unsent, next_index, announced = request, from_index, False
+        """One stream over as many connections as it takes. `request` is sent until it is accepted; then it is resumed.
+
+        Several choices cannot be resumed as one: their request is sent again, and what is known of them is left out.
+        """
+        unsent, progress = request, Progress(from_index, 1 if request is None else max(1, request.n))
         attempt, progress_at_s = 0, time.monotonic()
         broken: UnavailableError | None = None
         while True:
+            progress.connect()
             try:
-                async with aclosing(self._events(unsent, request_id, next_index)) as events:
+                async with aclosing(self._events(unsent, request_id, progress.next_index)) as events:
                     async for event in events:
                         attempt, progress_at_s = 0, time.monotonic()
-                        if isinstance(event, Accepted):
+                        fresh = progress.take(event)
+                        if progress.is_resumable:
                             unsent = None
-                            if announced:
-                                continue
-                            announced = True
-                        elif isinstance(event, Delta):
-                            next_index = event.first_index + len(event.token_ids)
-                        if isinstance(event, Finished):
+                        if progress.is_over:
                             request = None  # nothing is left to give up
-                        yield event
-                        if isinstance(event, Finished):
+                        if fresh is not None:
+                            yield fresh
+                        if progress.is_over:
                             return
                 raise PeerUnavailable(f"{self.endpoint}: the stream of {request_id} broke off")
             except UnknownRequest as error:
-                if broken is not None and announced:
+                if broken is not None and progress.is_announced:
                     raise broken from error  # accepted, then lost: the break says why
                 raise
             except UnavailableError as error:
@@ -163,7 +166,7 @@ class AsyncClient:
                 if time.monotonic() + delay_s - progress_at_s > self._retry_s:
                     raise self._unreachable(error) from error
             except (GeneratorExit, asyncio.CancelledError):
-                if request is not None and announced:
+                if request is not None and progress.is_announced:
                     await self._give_up(request_id)
                 raise
             attempt += 1

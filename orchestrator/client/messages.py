@@ -28,15 +28,30 @@ class Accepted:
     prompt_tokens: int
     seed: int
     text: str = ""
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """log_softmax of the model's raw logits at one token: the token's own, and of the most probable ones, falling."""
+
+    logprob: float
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New tokens and the text that they complete; `first_index` counts output tokens from 0."""
+    """New tokens and the text that they complete; `first_index` counts output tokens from 0.
+
+    `logprobs` has one entry for each token when they were asked for; None: not known any more (see inference.proto).
+    """
 
     first_index: int
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +64,7 @@ class Finished:
     timeline: common.Timeline
     stop: str
     text: str
+    choice: int = 0
 
 
 Event = Accepted | Delta | Finished
@@ -69,6 +85,7 @@ class Completion:
     seed: int
     stop: str
     timeline: common.Timeline
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 def generate_request(
@@ -80,6 +97,7 @@ def generate_request(
     request_id: str = "",
     timeout_s: float = 0.0,
     priority: int = 0,
+    n: int = 1,
     json_schema: str | Mapping[str, Any] | None = None,
     regex: str | None = None,
     lark: str | None = None,
@@ -88,9 +106,12 @@ def generate_request(
 ) -> inference.GenerateRequest:
     """The message for a prompt: exactly one of text, messages and token_ids.
 
-    `sampling`: temperature, top_p, top_k, min_p, seed, max_tokens, min_tokens, stop_token_ids, stop, ignore_eos; None means
-    the server's default. `json_schema` (text or a mapping), `regex`, `lark` or `json_object` holds the whole output to a
-    grammar. Raises InvalidRequest for what a message cannot carry; everything else is the server's to judge.
+    `n` completions carry their number as `choice`. `sampling`: temperature, top_p, top_k, min_p, seed, max_tokens,
+    min_tokens, stop_token_ids, stop, ignore_eos, repetition_penalty, presence_penalty, frequency_penalty, logit_bias (a
+    mapping from token id), logprobs (alternatives, 0 to 20); None means the server's default.
+    `json_schema` (text or a mapping), `regex`, `lark` or `json_object` holds the whole output to a grammar.
+
+    Raises InvalidRequest for what a message cannot carry; everything else is the server's to judge.
     """
     if sum(given is not None for given in (text, messages, token_ids)) != 1:
         raise InvalidRequest("prompt: give exactly one of text, messages and token_ids")
@@ -102,6 +123,7 @@ def generate_request(
             model=model,
             timeout_s=timeout_s,
             priority=priority,
+            n=n if n != 1 else 0,
             sampling=inference.SamplingParams(**params, grammar=grammar),
         )
         if text is not None:
@@ -132,12 +154,51 @@ def event_of(event: inference.GenerateEvent) -> Event:
     match event.WhichOneof("event"):
         case "accepted":
             one = event.accepted
-            return Accepted(one.request_id, one.model, one.prompt_tokens, one.seed)
+            return Accepted(one.request_id, one.model, one.prompt_tokens, one.seed, choice=event.choice)
         case "tokens":
-            return Delta(event.tokens.first_index, tuple(event.tokens.ids), event.tokens.text)
+            tokens = event.tokens
+            logprobs = tuple(_logprobs_of(entry) for entry in tokens.logprobs)
+            return Delta(tokens.first_index, tuple(tokens.ids), tokens.text, logprobs, event.choice)
         case "finished":
             end = event.finished
             reason = FINISH_REASONS.get(end.reason, "unspecified")
-            return Finished(reason, end.prompt_tokens, end.completion_tokens, end.timeline, end.stop, end.text)
+            return Finished(reason, end.prompt_tokens, end.completion_tokens, end.timeline, end.stop, end.text, event.choice)
         case other:
             raise PeerUnavailable(f"an event of the unknown kind {other}: is the cluster of another version?")
+
+
+def _logprobs_of(entry: inference.TokenLogprobs) -> TokenLogprobs | None:
+    if entry.absent:
+        return None
+    return TokenLogprobs(entry.logprob, tuple(entry.top_ids), tuple(entry.top_logprobs))
+
+
+class Collector:
+    """Puts the events of one stream together, choice by choice."""
+
+    def __init__(self) -> None:
+        self._accepted: dict[int, Accepted] = {}
+        self._deltas: dict[int, list[Delta]] = {}
+        self.done: dict[int, Completion] = {}
+
+    def take(self, event: Event) -> None:
+        """Adds an event; a choice is in `done` once it has finished."""
+        match event:
+            case Accepted():
+                self._accepted[event.choice] = event
+            case Delta():
+                self._deltas.setdefault(event.choice, []).append(event)
+            case Finished():
+                accepted, deltas = self._accepted[event.choice], self._deltas.get(event.choice, [])
+                self.done[event.choice] = Completion(
+                    request_id=accepted.request_id,
+                    model=accepted.model,
+                    text="".join(delta.text for delta in deltas) + event.text,
+                    token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+                    finish_reason=event.reason,
+                    prompt_tokens=event.prompt_tokens,
+                    seed=accepted.seed,
+                    stop=event.stop,
+                    timeline=event.timeline,
+                    logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+                )

@@ -46,6 +46,11 @@ def spec_of(valid: ValidRequest, request_id: str, tenant: str, model: ServedMode
             min_tokens=sampling.min_tokens,
             stop_token_ids=sampling.stop_token_ids,
             ignore_eos=sampling.ignore_eos,
+            repetition_penalty=sampling.logits.repetition_penalty,
+            presence_penalty=sampling.logits.presence_penalty,
+            frequency_penalty=sampling.logits.frequency_penalty,
+            logit_bias=dict(sampling.logits.logit_bias),
+            logprobs=sampling.logits.logprobs,
         ),
         cache_salt=tenant_salt(tenant),
         eos_token_ids=model.card.eos_token_ids,
@@ -65,6 +70,7 @@ def stream_of(spec: common.RequestSpec, model: ServedModel, journal: bytes = b""
         # A grammar keeps min_tokens in its masks as far as it can: an end that it lets through is one.
         min_tokens=0 if spec.HasField("grammar") else sampling.min_tokens,
         stop_token_ids=frozenset([*sampling.stop_token_ids, *eos]),
+        has_logprobs=sampling.HasField("logprobs"),
     )
     rules = model.text_rules(tuple(spec.stop), sampling.min_tokens)
     return RequestStream(spec.request_id, bounds, rules, unpack_tokens(journal), epoch)

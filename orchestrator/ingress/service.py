@@ -8,8 +8,8 @@ loses its stream.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -18,24 +18,19 @@ import grpc.aio
 from orchestrator.ingress.adopt import Adopter, check_index, unknown_error
 from orchestrator.ingress.auth import Principal
 from orchestrator.ingress.departures import Departures
+from orchestrator.ingress.fanout import MAX_CHOICES, ChoiceReader, choice_id, fan_out
 from orchestrator.ingress.intake import Intake
 from orchestrator.ingress.live import LiveStream, StreamTable
 from orchestrator.ingress.metrics import Metrics
 from orchestrator.ingress.model import ServedModel
-from orchestrator.ingress.streams import Chunk, Ending, FinishReason
 from orchestrator.ingress.validate import check_request_id
 from orchestrator.store.client import Store
-from protos.contract.errors import AutanError, Cancelled, CapacityError
+from protos.contract.errors import Cancelled, CapacityError, InvalidRequest, UnknownRequest
 from protos.contract.redis_names import Code
 from protos.rpc import inference_pb2_grpc
-from protos.wire import common, inference
+from protos.wire import inference
 
 _RETRY_AFTER_S = 1.0
-_FINISH = {
-    FinishReason.STOP: common.FINISH_REASON_STOP,
-    FinishReason.LENGTH: common.FINISH_REASON_LENGTH,
-}
-
 Authorise = Callable[[str, dict[str, str]], Principal]
 
 
@@ -75,16 +70,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         principal = self._caller("Generate", context)
         with self._stream_slot():
             # Shielded: a client that leaves in the middle of a submit has left a request behind.
-            accepting = asyncio.ensure_future(self._intake.accept(request, principal, context.time_remaining()))
+            accepting = asyncio.ensure_future(self._accept_all(request, principal, context.time_remaining()))
             try:
-                live = await asyncio.shield(accepting)
+                lives = await asyncio.shield(accepting)
             except asyncio.CancelledError:
                 accepting.add_done_callback(self._left_while_accepting)
                 raise
             try:
-                await self._stream(live, 0, context)
+                await self._stream(lives, 0, context)
             finally:
-                self._departures.left(live)
+                for live in lives:
+                    self._departures.left(live)
 
     async def Resume(self, request: inference.ResumeRequest, context: Any) -> None:
         """Streams an accepted request from an index on; the request does not depend on this client."""
@@ -94,13 +90,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             live = await self._adopter.find(request.request_id, principal.tenant)
             check_index(live, request.from_index)
             live.runs_alone = True
-            await self._stream(live, request.from_index, context)
+            await self._stream([live], request.from_index, context)
 
     async def Cancel(self, request: inference.CancelRequest, context: Any) -> inference.CancelReply:
         """Idempotent; reaches the request in every stage."""
         principal = self._caller("Cancel", context)
         check_request_id(request.request_id)
-        state = await cancel_request(self._store, self._table, request.request_id, principal.tenant, "client asked for it")
+        state = await self._cancel(request.request_id, principal.tenant)
         return inference.CancelReply(state=state)
 
     async def Tokenize(self, request: inference.TokenizeRequest, context: Any) -> inference.TokenizeReply:
@@ -136,38 +132,64 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         finally:
             self.open_streams -= 1
 
-    def _left_while_accepting(self, accepting: asyncio.Future[LiveStream]) -> None:
+    def _left_while_accepting(self, accepting: asyncio.Future[list[LiveStream]]) -> None:
         if not accepting.cancelled() and accepting.exception() is None:
-            self._departures.left(accepting.result())
+            for live in accepting.result():
+                self._departures.left(live)
 
-    async def _stream(self, live: LiveStream, cursor: int, context: Any) -> None:
-        """Accepted, tokens from `cursor` on, and how it ended; an error of the tree when it ended without a result."""
-        news = asyncio.Event()
-        self._table.attach(live, news)
+    async def _accept_all(
+        self, request: inference.GenerateRequest, principal: Principal, time_left_s: float | None
+    ) -> list[LiveStream]:
+        """The streams of all choices. One that is not accepted takes the others with it."""
+        wanted = [self._intake.accept(one, principal, time_left_s) for one in fan_out(request)]
+        outcomes = await asyncio.gather(*wanted, return_exceptions=True)
+        lives = [outcome for outcome in outcomes if isinstance(outcome, LiveStream)]
+        refusals = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if refusals:
+            for live in lives:
+                self._departures.left(live)
+            raise refusals[0]
+        return lives
+
+    async def _cancel(self, request_id: str, tenant: str) -> str:
+        """Cancels a request, or all choices of one; the state of the first that was found. Raises UnknownRequest."""
+        reason = "client asked for it"
         try:
-            await self._write(context, _accepted(live))
-            while True:
-                news.clear()
-                chunk = live.stream.read(cursor, self._max_event_tokens)
-                if chunk is not None:
-                    cursor += len(chunk.token_ids)
-                    await self._write(context, _tokens(chunk))
-                elif live.stream.outcome is not None:
+            return await cancel_request(self._store, self._table, request_id, tenant, reason)
+        except UnknownRequest as error:
+            states = []
+            for choice in range(MAX_CHOICES):
+                with suppress(UnknownRequest, InvalidRequest):
+                    one = choice_id(request_id, choice)
+                    check_request_id(one)
+                    states.append(await cancel_request(self._store, self._table, one, tenant, reason))
+                if len(states) <= choice:
                     break
-                else:
+            if not states:
+                raise error from None
+            return states[0]
+
+    async def _stream(self, lives: Sequence[LiveStream], cursor: int, context: Any) -> None:
+        """Of each choice: accepted, tokens from `cursor` on, and how it ended; an error of the tree when one has no result."""
+        news = asyncio.Event()
+        for live in lives:
+            self._table.attach(live, news)
+        reader = ChoiceReader(lives, cursor, self._max_event_tokens)
+        try:
+            for event in reader.accepted():
+                await self._write(context, event)
+            while not reader.is_over:
+                news.clear()
+                events = reader.news()
+                for event in events:
+                    await self._write(context, event)
+                if not events:
                     await news.wait()
-            await self._conclude(live, context)
         except grpc.aio.BaseError:
             self._metrics.count("writes_to_nobody")  # the client is gone; what follows is the business of departures
         finally:
-            self._table.detach(live, news)
-
-    async def _conclude(self, live: LiveStream, context: Any) -> None:
-        outcome = live.stream.outcome
-        if isinstance(outcome, AutanError):
-            raise type(outcome)(outcome.message, outcome.retry_after_s)
-        assert outcome is not None
-        await self._write(context, _finished(live, outcome))
+            for live in lives:
+                self._table.detach(live, news)
 
     async def _write(self, context: Any, event: inference.GenerateEvent) -> None:
         writing: Awaitable[None] = context.write(event)
@@ -188,29 +210,3 @@ async def cancel_request(store: Store, table: StreamTable, request_id: str, tena
     if live is not None and reply.code is Code.OK:
         table.end(live, Cancelled(f"request {request_id} was cancelled ({reason})"))
     return reply.state
-
-
-def _accepted(live: LiveStream) -> inference.GenerateEvent:
-    spec = live.spec
-    return inference.GenerateEvent(
-        accepted=inference.Accepted(
-            request_id=spec.request_id, model=spec.model, prompt_tokens=live.prompt_tokens, seed=spec.sampling.seed
-        )
-    )
-
-
-def _tokens(chunk: Chunk) -> inference.GenerateEvent:
-    return inference.GenerateEvent(tokens=inference.Tokens(first_index=chunk.first_index, ids=chunk.token_ids, text=chunk.text))
-
-
-def _finished(live: LiveStream, ending: Ending) -> inference.GenerateEvent:
-    return inference.GenerateEvent(
-        finished=inference.Finished(
-            reason=_FINISH[ending.reason],
-            prompt_tokens=live.prompt_tokens,
-            completion_tokens=ending.num_tokens,
-            timeline=live.timeline,
-            stop=ending.stop,
-            text=ending.text,
-        )
-    )

@@ -83,6 +83,7 @@ class Delivery:
     first_index: int
     token_ids: Sequence[int]
     finish: FinishReason | None = None
+    logprobs: Sequence[bytes] = ()  # packed, one for each token, or none
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,7 @@ class Chunk:
     first_index: int
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[bytes, ...] = ()  # packed, one for each token, empty where not known; none when not asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +135,7 @@ class Bounds:
     vocab_size: int
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()  # eos included unless it is ignored
+    has_logprobs: bool = False
 
 
 class RequestStream:
@@ -148,6 +151,7 @@ class RequestStream:
         self._rules = rules
         self._tokens: list[int] = []
         self._texts: list[str] = []
+        self._logprobs: dict[int, bytes] = {}  # by index; those that are known
         self._text = TextStream(rules) if rules else None
         self._ending: Ending | None = None
         self._outcome: Outcome | None = None
@@ -206,8 +210,10 @@ class RequestStream:
         if self._ending is not None:
             return Receipt(Verdict.KNOWN, duplicates=known)
         taken = 0
-        for token_id in ids[known:]:
-            self._append(token_id)
+        for place in range(known, len(ids)):
+            if self._bounds.has_logprobs and delivery.logprobs:
+                self._logprobs[delivery.first_index + place] = delivery.logprobs[place]
+            self._append(ids[place])
             taken += 1
             if self._ending is not None or len(self._tokens) == self._bounds.max_tokens:
                 break
@@ -223,6 +229,8 @@ class RequestStream:
         keep = max(self._visible, min(journaled, len(self._tokens)))
         if keep == len(self._tokens):
             return
+        for index in range(keep, len(self._tokens)):
+            self._logprobs.pop(index, None)
         del self._tokens[keep:], self._texts[keep:]
         if self._ending is not None:
             self._ending = None
@@ -273,7 +281,8 @@ class RequestStream:
         stop = min(self._visible, cursor + limit)
         if cursor >= stop:
             return None
-        return Chunk(cursor, tuple(self._tokens[cursor:stop]), "".join(self._texts[cursor:stop]))
+        logprobs = tuple(self._logprobs.get(i, b"") for i in range(cursor, stop)) if self._bounds.has_logprobs else ()
+        return Chunk(cursor, tuple(self._tokens[cursor:stop]), "".join(self._texts[cursor:stop]), logprobs)
 
     def _append(self, token_id: int) -> None:
         self._tokens.append(token_id)

@@ -19,6 +19,7 @@ from orchestrator.ingress.watch import Watch
 from orchestrator.store.client import Store
 from protos.contract.errors import AutanError, EngineFailure, InvalidRequest
 from protos.contract.redis_names import is_name, unpack_tokens
+from protos.contract.token_logprobs import is_packed
 from protos.rpc import tokens_pb2_grpc
 from protos.wire import common, tokens
 
@@ -120,9 +121,14 @@ def _delivery(message: tokens.RequestTokens) -> Delivery:
         raise InvalidRequest("request_id: it is not 1 to 64 characters of A-Z a-z 0-9 _ . -")
     if len(message.token_ids) > 4 * MAX_TOKENS_PER_REQUEST or len(message.token_ids) % 4:
         raise InvalidRequest(f"token_ids: {len(message.token_ids)} bytes of request {message.request_id} are no list of ids")
+    if message.logprobs and len(message.logprobs) != len(message.token_ids) // 4:
+        raise InvalidRequest(f"logprobs: {len(message.logprobs)} of other tokens than those of request {message.request_id}")
+    if any(packed and not is_packed(packed) for packed in message.logprobs):
+        raise InvalidRequest(f"logprobs: an entry of request {message.request_id} is none")
     return Delivery(
         epoch=message.epoch,
         first_index=message.first_index,
         token_ids=unpack_tokens(message.token_ids),
         finish=_FINISH.get(message.finish),
+        logprobs=message.logprobs,
     )

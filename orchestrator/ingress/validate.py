@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from configs.model_card import ModelCard
 from orchestrator.ingress.chat import Message
 from orchestrator.ingress.grammar import read_grammar
+from orchestrator.ingress.logit_rules import LogitRules, check_logit_rules
 from protos.contract.errors import InvalidRequest, PromptTooLong, UnknownModel
 from protos.contract.grammar import Grammar
 from protos.contract.redis_names import is_name
@@ -53,6 +54,7 @@ class SamplingChoice:
     stop_token_ids: tuple[int, ...]
     stop: tuple[str, ...]
     ignore_eos: bool
+    logits: LogitRules
     grammar: Grammar | None = None
 
 
@@ -97,6 +99,8 @@ def check_request(
     text, messages, token_ids = _check_input(request, card, limits, max_token_bytes)
     if not math.isfinite(request.timeout_s) or not 0 <= request.timeout_s <= limits.max_timeout_s:
         raise InvalidRequest(f"timeout_s: {request.timeout_s} is not between 0 (the default) and {limits.max_timeout_s:.0f}")
+    if request.n not in (0, 1):
+        raise InvalidRequest(f"n: {request.n} completions of one prompt are asked for as requests of their own")
     if request.priority not in (-1, 0, 1):
         raise InvalidRequest(f"priority: {request.priority} is none of -1 (batch), 0 (normal) and 1 (high)")
     return CheckedRequest(
@@ -249,6 +253,7 @@ def _check_sampling(params: inference.SamplingParams, card: ModelCard) -> Sampli
         stop=_check_stops(params),
         ignore_eos=params.ignore_eos,
         grammar=read_grammar(params),
+        logits=check_logit_rules(params, card),
     )
 
 

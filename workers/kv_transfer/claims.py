@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from protos.contract.errors import BadFrame, FingerprintMismatch, StaleEpoch, StaleIncarnation
 from protos.contract.redis_names import is_name, unpack_tokens
+from protos.contract.token_logprobs import unpack_logprobs
 from protos.wire import common, differing_fields, kv
 from workers.engine_api.types import EngineRequest, KvLayout
 from workers.kv_transfer.block_names import sequence_hashes
@@ -100,4 +101,13 @@ def check_end(end: kv.EndFrame, expected: Expectation, here: Addressee) -> tuple
     tokens = tuple(unpack_tokens(end.next_token_ids))
     if max(tokens) >= here.vocab_size:
         raise BadFrame(f"end: token id {max(tokens)} is outside the vocabulary of {here.vocab_size}")
+    if end.next_logprobs and len(end.next_logprobs) != len(tokens):
+        raise BadFrame(f"end: logprobs of {len(end.next_logprobs)} tokens, {len(tokens)} come along")
+    for packed in end.next_logprobs:
+        try:
+            _, ids, _ = unpack_logprobs(packed)
+        except ValueError as error:
+            raise BadFrame(f"end: {error}") from error
+        if max(ids, default=0) >= here.vocab_size:
+            raise BadFrame(f"end: logprobs of token id {max(ids)} outside the vocabulary of {here.vocab_size}")
     return tokens

@@ -19,6 +19,7 @@ class Arrived:
     next_token_ids: tuple[int, ...]
     first_output_index: int
     timeline: common.Timeline
+    next_logprobs: tuple[bytes, ...] = ()  # packed, of next_token_ids; empty: none
 
 
 class ReceiverHooks(Protocol):

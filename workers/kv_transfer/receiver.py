@@ -301,6 +301,7 @@ class Receiver:
                     next_token_ids=tokens,
                     first_output_index=end.first_output_index,
                     timeline=timeline,
+                    next_logprobs=tuple(end.next_logprobs),
                 )
             )
             await self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens))

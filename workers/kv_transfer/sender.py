@@ -77,6 +77,7 @@ class Ending:
     first_output_index: int
     timeline: common.Timeline
     prefill_ended_s: float
+    next_logprobs: tuple[bytes, ...] = ()  # packed, of next_token_ids; empty: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,6 +314,7 @@ class Handoff:
             first_output_index=ending.first_output_index,
             timeline=timeline,
             since_prefill_s=time.monotonic() - ending.prefill_ended_s,
+            next_logprobs=ending.next_logprobs,
         )
         self.lifecycle.move(SendState.ENDING)
         await stream.send(kv.PushFrame(transfer_id=self._transfer_id, epoch=self.job.request.epoch, end=end))

@@ -108,7 +108,8 @@ class Arrivals:
         assignment.timeline = timeline
         self._outbox.open(sequence.request_id, sequence.epoch, sequence.first_output_index, assignment.ingress_address)
         for offset, token_id in enumerate(sequence.next_token_ids):
-            self._outbox.put(sequence.request_id, sequence.first_output_index + offset, token_id)
+            logprobs = sequence.next_logprobs[offset] if sequence.next_logprobs else b""
+            self._outbox.put(sequence.request_id, sequence.first_output_index + offset, token_id, logprobs)
         self._outbox.describe(sequence.request_id, timeline)
         self._outbox.flush()
 

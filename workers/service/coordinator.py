@@ -28,7 +28,7 @@ from workers.service.failpoints import Failpoints
 from workers.service.failures import Failures
 from workers.service.handoff_tasks import HandoffTasks
 from workers.service.membership import Membership
-from workers.service.outbox import Outbox
+from workers.service.outbox import Outbox, packed_logprobs
 from workers.service.request_spec import engine_request
 from workers.service.retrying import while_store_is_away
 from workers.service.store import InboxEntry, WorkerStore
@@ -209,7 +209,7 @@ class Coordinator:
         if assignment is None:
             return
         assignment.progress_s = now_s
-        parts.outbox.put(token.request_id, token.index, token.token_id)
+        parts.outbox.put(token.request_id, token.index, token.token_id, packed_logprobs(token))
         if assignment.stage is Stage.PREFILLING:
             self._on_first_token(assignment, token, event, now_s)
         if token.finish is not None:
@@ -238,6 +238,7 @@ class Coordinator:
         assignment.lifecycle.move(Stage.HANDING_OVER)
         ending = Ending(
             next_token_ids=(token.token_id,),
+            next_logprobs=(packed_logprobs(token),) if token.logprobs else (),
             first_output_index=token.index,
             timeline=timeline,
             prefill_ended_s=now_s,

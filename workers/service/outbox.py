@@ -11,7 +11,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from protos.contract.token_logprobs import pack_logprobs
 from protos.wire import common, tokens
+from workers.engine_api.types import TokenOut
 from workers.service.ingress_link import IngressLink, LinkContext
 from workers.service.token_tail import TOKEN_BYTES, TokenTail
 
@@ -43,6 +45,7 @@ class Outbox:
         self._closing: set[asyncio.Task[None]] = set()
         self._paused = False
         self._kept_tokens = 0
+        self._logprobs_bytes = 0
         self._link_context = LinkContext(
             options=context.options,
             next_batch=self._next_batch,
@@ -61,11 +64,11 @@ class Outbox:
     @property
     def is_over_budget(self) -> bool:
         """True when the tails keep more than their budget."""
-        return self._kept_tokens * TOKEN_BYTES > self._context.budget_bytes
+        return self._kept_tokens * TOKEN_BYTES + self._logprobs_bytes > self._context.budget_bytes
 
     def longest(self) -> tuple[str, int] | None:
-        """The request with the most unacknowledged tokens."""
-        tail = max(self._tails.values(), key=lambda t: len(t.kept), default=None)
+        """The request that keeps the most."""
+        tail = max(self._tails.values(), key=lambda t: len(t.kept) * TOKEN_BYTES + t.logprobs_bytes, default=None)
         return None if tail is None else (tail.request_id, tail.epoch)
 
     def open(self, request_id: str, epoch: int, first_index: int, address: str) -> None:
@@ -75,10 +78,11 @@ class Outbox:
             request_id=request_id, epoch=epoch, address=address, base=first_index, sent=first_index
         )
 
-    def put(self, request_id: str, index: int, token_id: int) -> None:
-        """Keeps one token and has it sent with the next `flush`."""
-        self._tails[request_id].put(index, token_id)
+    def put(self, request_id: str, index: int, token_id: int, logprobs: bytes = b"") -> None:
+        """Keeps one token, with its packed logprobs, and has it sent with the next `flush`."""
+        self._tails[request_id].put(index, token_id, logprobs)
         self._kept_tokens += 1
+        self._logprobs_bytes += len(logprobs)
 
     def describe(self, request_id: str, timeline: common.Timeline) -> None:
         """The timeline goes along with the next message of the request."""
@@ -111,6 +115,7 @@ class Outbox:
         if tail is not None and tail.epoch <= up_to_epoch:
             del self._tails[request_id]
             self._kept_tokens -= len(tail.kept)
+            self._logprobs_bytes -= tail.logprobs_bytes
             self._close_unused()
 
     def pause(self) -> None:
@@ -154,7 +159,7 @@ class Outbox:
                 continue
             message = tail.message()
             batch.requests.append(message)
-            budget -= len(message.token_ids) // TOKEN_BYTES
+            budget -= (len(message.token_ids) + sum(map(len, message.logprobs))) // TOKEN_BYTES
             if budget <= 0 or len(batch.requests) == MAX_REQUESTS_PER_BATCH:
                 break
         return batch if batch.requests else None
@@ -177,6 +182,14 @@ class Outbox:
                 tail.suspended = True
                 self._context.on_refused(ack.request_id, ack.epoch)
                 continue
+            self._logprobs_bytes -= tail.logprobs_bytes
             self._kept_tokens -= tail.acknowledge(ack.next_index)
+            self._logprobs_bytes += tail.logprobs_bytes
             if ack.finished:
                 self._context.on_finished(ack.request_id, ack.epoch)
+
+
+def packed_logprobs(token: TokenOut) -> bytes:
+    """The logprobs of a token as they travel; no bytes when it has none."""
+    found = token.logprobs
+    return b"" if found is None else pack_logprobs(found.logprob, found.top_ids, found.top_logprobs)

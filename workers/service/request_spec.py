@@ -48,6 +48,11 @@ def sampling_params(spec: common.RequestSpec) -> SamplingParams:
         min_tokens=sampling.min_tokens,
         stop_token_ids=frozenset(stops),
         grammar=_grammar(spec),
+        repetition_penalty=sampling.repetition_penalty or 1.0,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
     )
 
 

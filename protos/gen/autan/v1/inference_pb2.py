@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from protos.gen.autan.v1 import common_pb2 as autan_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61utan/v1/inference.proto\x12\x08\x61utan.v1\x1a\x15\x61utan/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"/\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.autan.v1.ChatMessage\"\xf2\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\x03\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\"\n\x07grammar\x18( \x01(\x0b\x32\x11.autan.v1.GrammarB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eos\"\xe7\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x1e\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0e.autan.v1.ChatH\x00\x12\'\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.autan.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.autan.v1.SamplingParams\x12\x11\n\ttimeout_s\x18\x07 \x01(\x01\x12\x10\n\x08priority\x18\x08 \x01(\x05\x42\x07\n\x05input\"R\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"8\n\x06Tokens\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xa6\x01\n\x08\x46inished\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.autan.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12$\n\x08timeline\x18\x04 \x01(\x0b\x32\x12.autan.v1.Timeline\x12\x0c\n\x04stop\x18\x05 \x01(\t\x12\x0c\n\x04text\x18\x06 \x01(\t\"\x92\x01\n\rGenerateEvent\x12&\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x12.autan.v1.AcceptedH\x00\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x10.autan.v1.TokensH\x00\x12&\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x12.autan.v1.FinishedH\x00\x42\x07\n\x05\x65ventJ\x04\x08\x04\x10\x05\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1c\n\x0b\x43\x61ncelReply\x12\r\n\x05state\x18\x01 \x01(\t\"7\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nfrom_index\x18\x02 \x01(\r\"Y\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1e\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.autan.v1.ChatH\x00\x42\x07\n\x05input\"+\n\rTokenizeReply\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\r\n\x05model\x18\x02 \x01(\t\"\x13\n\x11ListModelsRequest\"r\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\"2\n\x0fListModelsReply\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.autan.v1.Model2\xcb\x02\n\tInference\x12@\n\x08Generate\x12\x19.autan.v1.GenerateRequest\x1a\x17.autan.v1.GenerateEvent0\x01\x12\x38\n\x06\x43\x61ncel\x12\x17.autan.v1.CancelRequest\x1a\x15.autan.v1.CancelReply\x12<\n\x06Resume\x12\x17.autan.v1.ResumeRequest\x1a\x17.autan.v1.GenerateEvent0\x01\x12>\n\x08Tokenize\x12\x19.autan.v1.TokenizeRequest\x1a\x17.autan.v1.TokenizeReply\x12\x44\n\nListModels\x12\x1b.autan.v1.ListModelsRequest\x1a\x19.autan.v1.ListModelsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61utan/v1/inference.proto\x12\x08\x61utan.v1\x1a\x15\x61utan/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"/\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.autan.v1.ChatMessage\"\xa7\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\x03\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x01H\n\x88\x01\x01\x12;\n\nlogit_bias\x18\x0e \x03(\x0b\x32\'.autan.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\x03H\x0b\x88\x01\x01\x12\"\n\x07grammar\x18( \x01(\x0b\x32\x11.autan.v1.Grammar\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\xf2\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x1e\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x0e.autan.v1.ChatH\x00\x12\'\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x12.autan.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.autan.v1.SamplingParams\x12\x11\n\ttimeout_s\x18\x07 \x01(\x01\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\t\n\x01n\x18\t \x01(\rB\x07\n\x05input\"R\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"c\n\x06Tokens\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.autan.v1.TokenLogprobs\"W\n\rTokenLogprobs\x12\x0e\n\x06\x61\x62sent\x18\x01 \x01(\x08\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0f\n\x07top_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\xa6\x01\n\x08\x46inished\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.autan.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12$\n\x08timeline\x18\x04 \x01(\x0b\x32\x12.autan.v1.Timeline\x12\x0c\n\x04stop\x18\x05 \x01(\t\x12\x0c\n\x04text\x18\x06 \x01(\t\"\xa2\x01\n\rGenerateEvent\x12&\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x12.autan.v1.AcceptedH\x00\x12\"\n\x06tokens\x18\x02 \x01(\x0b\x32\x10.autan.v1.TokensH\x00\x12&\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x12.autan.v1.FinishedH\x00\x12\x0e\n\x06\x63hoice\x18\x05 \x01(\rB\x07\n\x05\x65ventJ\x04\x08\x04\x10\x05\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1c\n\x0b\x43\x61ncelReply\x12\r\n\x05state\x18\x01 \x01(\t\"7\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nfrom_index\x18\x02 \x01(\r\"Y\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1e\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.autan.v1.ChatH\x00\x42\x07\n\x05input\"+\n\rTokenizeReply\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\r\n\x05model\x18\x02 \x01(\t\"\x13\n\x11ListModelsRequest\"r\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x19\n\x11has_chat_template\x18\x05 \x01(\x08\"2\n\x0fListModelsReply\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.autan.v1.Model2\xcb\x02\n\tInference\x12@\n\x08Generate\x12\x19.autan.v1.GenerateRequest\x1a\x17.autan.v1.GenerateEvent0\x01\x12\x38\n\x06\x43\x61ncel\x12\x17.autan.v1.CancelRequest\x1a\x15.autan.v1.CancelReply\x12<\n\x06Resume\x12\x17.autan.v1.ResumeRequest\x1a\x17.autan.v1.GenerateEvent0\x01\x12>\n\x08Tokenize\x12\x19.autan.v1.TokenizeRequest\x1a\x17.autan.v1.TokenizeReply\x12\x44\n\nListModels\x12\x1b.autan.v1.ListModelsRequest\x1a\x19.autan.v1.ListModelsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'autan.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_TOKENIDS']._serialized_start=61
   _globals['_TOKENIDS']._serialized_end=84
   _globals['_CHATMESSAGE']._serialized_start=86
@@ -39,33 +41,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHAT']._serialized_start=132
   _globals['_CHAT']._serialized_end=179
   _globals['_SAMPLINGPARAMS']._serialized_start=182
-  _globals['_SAMPLINGPARAMS']._serialized_end=552
-  _globals['_GENERATEREQUEST']._serialized_start=555
-  _globals['_GENERATEREQUEST']._serialized_end=786
-  _globals['_ACCEPTED']._serialized_start=788
-  _globals['_ACCEPTED']._serialized_end=870
-  _globals['_TOKENS']._serialized_start=872
-  _globals['_TOKENS']._serialized_end=928
-  _globals['_FINISHED']._serialized_start=931
-  _globals['_FINISHED']._serialized_end=1097
-  _globals['_GENERATEEVENT']._serialized_start=1100
-  _globals['_GENERATEEVENT']._serialized_end=1246
-  _globals['_CANCELREQUEST']._serialized_start=1248
-  _globals['_CANCELREQUEST']._serialized_end=1283
-  _globals['_CANCELREPLY']._serialized_start=1285
-  _globals['_CANCELREPLY']._serialized_end=1313
-  _globals['_RESUMEREQUEST']._serialized_start=1315
-  _globals['_RESUMEREQUEST']._serialized_end=1370
-  _globals['_TOKENIZEREQUEST']._serialized_start=1372
-  _globals['_TOKENIZEREQUEST']._serialized_end=1461
-  _globals['_TOKENIZEREPLY']._serialized_start=1463
-  _globals['_TOKENIZEREPLY']._serialized_end=1506
-  _globals['_LISTMODELSREQUEST']._serialized_start=1508
-  _globals['_LISTMODELSREQUEST']._serialized_end=1527
-  _globals['_MODEL']._serialized_start=1529
-  _globals['_MODEL']._serialized_end=1643
-  _globals['_LISTMODELSREPLY']._serialized_start=1645
-  _globals['_LISTMODELSREPLY']._serialized_end=1695
-  _globals['_INFERENCE']._serialized_start=1698
-  _globals['_INFERENCE']._serialized_end=2029
+  _globals['_SAMPLINGPARAMS']._serialized_end=861
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=634
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=682
+  _globals['_GENERATEREQUEST']._serialized_start=864
+  _globals['_GENERATEREQUEST']._serialized_end=1106
+  _globals['_ACCEPTED']._serialized_start=1108
+  _globals['_ACCEPTED']._serialized_end=1190
+  _globals['_TOKENS']._serialized_start=1192
+  _globals['_TOKENS']._serialized_end=1291
+  _globals['_TOKENLOGPROBS']._serialized_start=1293
+  _globals['_TOKENLOGPROBS']._serialized_end=1380
+  _globals['_FINISHED']._serialized_start=1383
+  _globals['_FINISHED']._serialized_end=1549
+  _globals['_GENERATEEVENT']._serialized_start=1552
+  _globals['_GENERATEEVENT']._serialized_end=1714
+  _globals['_CANCELREQUEST']._serialized_start=1716
+  _globals['_CANCELREQUEST']._serialized_end=1751
+  _globals['_CANCELREPLY']._serialized_start=1753
+  _globals['_CANCELREPLY']._serialized_end=1781
+  _globals['_RESUMEREQUEST']._serialized_start=1783
+  _globals['_RESUMEREQUEST']._serialized_end=1838
+  _globals['_TOKENIZEREQUEST']._serialized_start=1840
+  _globals['_TOKENIZEREQUEST']._serialized_end=1929
+  _globals['_TOKENIZEREPLY']._serialized_start=1931
+  _globals['_TOKENIZEREPLY']._serialized_end=1974
+  _globals['_LISTMODELSREQUEST']._serialized_start=1976
+  _globals['_LISTMODELSREQUEST']._serialized_end=1995
+  _globals['_MODEL']._serialized_start=1997
+  _globals['_MODEL']._serialized_end=2111
+  _globals['_LISTMODELSREPLY']._serialized_start=2113
+  _globals['_LISTMODELSREPLY']._serialized_end=2163
+  _globals['_INFERENCE']._serialized_start=2166
+  _globals['_INFERENCE']._serialized_end=2497
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.gen.autan.v1 import common_pb2 as autan_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61utan/v1/tokens.proto\x12\x08\x61utan.v1\x1a\x15\x61utan/v1/common.proto\"a\n\nTokenBatch\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12)\n\x08requests\x18\x03 \x03(\x0b\x32\x17.autan.v1.RequestTokens\"\xba\x01\n\rRequestTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12&\n\x06\x66inish\x18\x05 \x01(\x0e\x32\x16.autan.v1.FinishReason\x12$\n\x08timeline\x18\x06 \x01(\x0b\x32\x12.autan.v1.TimelineJ\x04\x08\x07\x10\x08J\x04\x08\x08\x10\tJ\x04\x08\t\x10\n\"-\n\tTokenAcks\x12 \n\x04\x61\x63ks\x18\x01 \x03(\x0b\x32\x12.autan.v1.TokenAck\"b\n\x08TokenAck\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nnext_index\x18\x03 \x01(\r\x12\x10\n\x08\x66inished\x18\x04 \x01(\x08\x12\r\n\x05stale\x18\x05 \x01(\x08\x32\x45\n\tTokenSink\x12\x38\n\x07\x44\x65liver\x12\x14.autan.v1.TokenBatch\x1a\x13.autan.v1.TokenAcks(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61utan/v1/tokens.proto\x12\x08\x61utan.v1\x1a\x15\x61utan/v1/common.proto\"a\n\nTokenBatch\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12)\n\x08requests\x18\x03 \x03(\x0b\x32\x17.autan.v1.RequestTokens\"\xc6\x01\n\rRequestTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12&\n\x06\x66inish\x18\x05 \x01(\x0e\x32\x16.autan.v1.FinishReason\x12$\n\x08timeline\x18\x06 \x01(\x0b\x32\x12.autan.v1.Timeline\x12\x10\n\x08logprobs\x18\x07 \x03(\x0cJ\x04\x08\x08\x10\tJ\x04\x08\t\x10\n\"-\n\tTokenAcks\x12 \n\x04\x61\x63ks\x18\x01 \x03(\x0b\x32\x12.autan.v1.TokenAck\"b\n\x08TokenAck\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nnext_index\x18\x03 \x01(\r\x12\x10\n\x08\x66inished\x18\x04 \x01(\x08\x12\r\n\x05stale\x18\x05 \x01(\x08\x32\x45\n\tTokenSink\x12\x38\n\x07\x44\x65liver\x12\x14.autan.v1.TokenBatch\x1a\x13.autan.v1.TokenAcks(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,11 +35,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENBATCH']._serialized_start=58
   _globals['_TOKENBATCH']._serialized_end=155
   _globals['_REQUESTTOKENS']._serialized_start=158
-  _globals['_REQUESTTOKENS']._serialized_end=344
-  _globals['_TOKENACKS']._serialized_start=346
-  _globals['_TOKENACKS']._serialized_end=391
-  _globals['_TOKENACK']._serialized_start=393
-  _globals['_TOKENACK']._serialized_end=491
-  _globals['_TOKENSINK']._serialized_start=493
-  _globals['_TOKENSINK']._serialized_end=562
+  _globals['_REQUESTTOKENS']._serialized_end=356
+  _globals['_TOKENACKS']._serialized_start=358
+  _globals['_TOKENACKS']._serialized_end=403
+  _globals['_TOKENACK']._serialized_start=405
+  _globals['_TOKENACK']._serialized_end=503
+  _globals['_TOKENSINK']._serialized_start=505
+  _globals['_TOKENSINK']._serialized_end=574
 # @@protoc_insertion_point(module_scope)

@@ -18,20 +18,22 @@ class TokenBatch(_message.Message):
     def __init__(self, instance_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[RequestTokens, _Mapping]]] = ...) -> None: ...
 
 class RequestTokens(_message.Message):
-    __slots__ = ("request_id", "epoch", "first_index", "token_ids", "finish", "timeline")
+    __slots__ = ("request_id", "epoch", "first_index", "token_ids", "finish", "timeline", "logprobs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     first_index: int
     token_ids: bytes
     finish: _common_pb2.FinishReason
     timeline: _common_pb2.Timeline
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., finish: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., timeline: _Optional[_Union[_common_pb2.Timeline, _Mapping]] = ...) -> None: ...
+    logprobs: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., finish: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., timeline: _Optional[_Union[_common_pb2.Timeline, _Mapping]] = ..., logprobs: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class TokenAcks(_message.Message):
     __slots__ = ("acks",)

@@ -38,6 +38,12 @@ def _sampling(**fields: object) -> inference.GenerateRequest:
     return request
 
 
+def _bias(entries: dict[int, float]) -> inference.GenerateRequest:
+    request = a_request()
+    request.sampling.logit_bias.update(entries)
+    return request
+
+
 def _chat(*turns: tuple[str, str]) -> inference.GenerateRequest:
     messages = [inference.ChatMessage(role=role, content=content) for role, content in turns]
     return inference.GenerateRequest(request_id="r-1", chat=inference.Chat(messages=messages))
@@ -91,6 +97,20 @@ BAD: dict[str, tuple[inference.GenerateRequest, type[AutanError]]] = {
     "top_k negative": (_sampling(top_k=-1), InvalidRequest),
     "top_k huge": (_sampling(top_k=2**62), InvalidRequest),
     "min_p 1": (_sampling(min_p=1.0), InvalidRequest),
+    "repetition_penalty 0": (_sampling(repetition_penalty=0.0), InvalidRequest),
+    "repetition_penalty NaN": (_sampling(repetition_penalty=float("nan")), InvalidRequest),
+    "presence_penalty beyond 2": (_sampling(presence_penalty=2.1), InvalidRequest),
+    "frequency_penalty infinite": (_sampling(frequency_penalty=float("-inf")), InvalidRequest),
+    "logprobs 21": (_sampling(logprobs=21), InvalidRequest),
+    "logprobs -1": (_sampling(logprobs=-1), InvalidRequest),
+    "logprobs of a model without logits": (_sampling(logprobs=1), InvalidRequest),
+    "penalty of a model without logits": (_sampling(repetition_penalty=1.5), InvalidRequest),
+    "logit_bias outside the vocabulary": (_bias({VOCAB_SIZE: 1.0}), InvalidRequest),
+    "logit_bias of a negative id": (_bias({-1: 1.0}), InvalidRequest),
+    "logit_bias beyond 100": (_bias({5: 100.5}), InvalidRequest),
+    "logit_bias NaN": (_bias({5: float("nan")}), InvalidRequest),
+    "too much logit_bias": (_bias(dict.fromkeys(range(1025), 1.0)), InvalidRequest),
+    "n 17": (a_request(n=17), InvalidRequest),
     "min_p NaN": (_sampling(min_p=float("nan")), InvalidRequest),
     "max_tokens 0": (_sampling(max_tokens=0), InvalidRequest),
     "max_tokens -1": (_sampling(max_tokens=-1), InvalidRequest),
