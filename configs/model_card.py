@@ -13,7 +13,7 @@ from configs.native_params import NATIVE_PARAMS, config_from_params, layout_of_f
 from configs.schema.pools import ModelConfig
 from protos.contract.errors import ModelError
 
-ARCHITECTURES = frozenset({"llama", "mistral", "ministral", "mistral4"})
+ARCHITECTURES = frozenset({"llama", "mistral", "ministral", "ministral3", "mistral4"})
 MISTRAL4_CONTEXT_TOKENS = 262_144  # supported and advertised; config.json allows a million positions
 ORACLE_VOCAB_SIZE = 259  # pad, bos, eos and the 256 bytes
 ORACLE_CONTEXT_TOKENS = 262_144

@@ -53,7 +53,7 @@ def config_from_params(params: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The content of the config.json that means the same. Raises ModelError that names a missing or malformed key."""
     text = _required(params, _COMMON, where)
     text |= {
-        "model_type": "mistral4" if params.get("kv_lora_rank") else "mistral",
+        "model_type": _model_type(params),
         "num_key_value_heads": params.get("n_kv_heads"),
         "max_position_embeddings": params.get("max_position_embeddings") or _DEFAULT_POSITIONS,
         "hidden_act": params.get("activation") or "silu",
@@ -65,7 +65,7 @@ def config_from_params(params: Mapping[str, Any], where: str) -> dict[str, Any]:
         "eos_token_id": _EOS,
         "pad_token_id": _PAD,
     }
-    if text["model_type"] == "mistral":
+    if text["model_type"] != "mistral4":
         if params.get("moe"):
             raise ModelError(f"{where}: moe: experts without kv_lora_rank are not supported")
         text |= {"head_dim": params.get("head_dim"), "sliding_window": params.get("sliding_window")}
@@ -85,6 +85,12 @@ def config_from_params(params: Mapping[str, Any], where: str) -> dict[str, Any]:
         config["vision_config"] = {key: vision.get(key) for key in _VISION}
         config["spatial_merge_size"] = vision.get("spatial_merge_size")
     return config
+
+
+def _model_type(params: Mapping[str, Any]) -> str:
+    if params.get("kv_lora_rank"):
+        return "mistral4"
+    return "ministral3" if params.get("llama_4_scaling") else "mistral"
 
 
 def _required(values: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:

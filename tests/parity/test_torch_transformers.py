@@ -17,10 +17,13 @@ from tests.support.torch_models import (
     hand_off,
     random_tokens,
     run_all,
+    tensors_of,
     transformers_greedy,
     transformers_twin,
 )
 from workers.engine_api.types import EngineRequest, SamplingParams
+from workers.engines.torch.config import read_config
+from workers.engines.torch.reference import reference_logits
 from workers.engines.torch.tiny import write_tiny
 
 GREEDY = SamplingParams(max_tokens=64)
@@ -101,6 +104,45 @@ def test_windows(kind: str, seed: int, tmp_path: Path) -> None:
     prompts = {f"r{length}": random_tokens(length, length) for length in (*rng.sample(range(1, 200), 2), 200)}
     tokens = run_all(engine, [EngineRequest(request_id=n, epoch=1, prompt=p, sampling=GREEDY) for n, p in prompts.items()])
     assert tokens == {name: transformers_greedy(twin, p, 64) for name, p in prompts.items()}
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 64}
+SHARPER_YARN = {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 10_000.0}
+RELATIVES: list[tuple[str, dict[str, Any]]] = [
+    ("ministral3", {}),
+    ("ministral3", {"head_dim": 32, "sliding_window": 40}),
+    ("ministral3", {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3}, "tie_word_embeddings": True}),
+    ("llama", {"head_dim": None, "rope_parameters": YARN}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}),
+    ("llama", {"rope_parameters": {**LLAMA3, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}),
+    ("mistral", {"head_dim": None, "num_key_value_heads": 6}),
+    ("mistral", {"rope_parameters": SHARPER_YARN}),
+    ("mistral-small-4", {"q_lora_rank": None}),
+    ("mistral-small-4", {"q_lora_rank": None, "first_k_dense_replace": 1, "rope_interleave": False}),
+    ("mistral-small-4", {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}),
+    ("mistral-small-4", {"n_group": 2, "topk_group": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.5}),
+]
+
+
+@pytest.mark.parametrize(("kind", "dims"), RELATIVES, ids=lambda value: value if isinstance(value, str) else "-".join(value))
+def test_published_relatives(kind: str, dims: dict[str, Any], tmp_path: Path) -> None:
+    """Shapes that one key sets apart, beyond their original positions and over several query scale steps."""
+    folder = write_tiny(kind, tmp_path / "model", 5, **dims)
+    twin = transformers_twin(folder)
+    prompt = random_tokens(3, 200)
+    with torch.inference_mode():
+        expected = twin(torch.tensor([prompt])).logits[0]
+    runner = a_runner(folder)
+    probe = LogitsProbe(runner)
+    feed(runner, prompt, [70, 131], tuple(range(13)))
+    for end, logits in zip((70, 131, 200), probe.seen, strict=True):
+        torch.testing.assert_close(logits[0], expected[end - 1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        reference_logits(read_config(folder), tensors_of(folder), prompt[:80])[-1].float(), expected[79], atol=2e-4, rtol=0
+    )
+    request = EngineRequest(request_id="r", epoch=1, prompt=prompt[:90], sampling=GREEDY)
+    assert run_all(an_engine(folder), [request]) == {"r": transformers_greedy(twin, prompt[:90], 64)}
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral-small-4"])

@@ -35,6 +35,8 @@ class DenseConfig:
     rope: RopeConfig
     window_tokens: int | None = None  # a row of a window layer sees so many tokens, its own included
     window_layers: tuple[bool, ...] = ()  # which layers have the window; empty: all of them, if there is one
+    query_scale_beta: float = 0.0  # queries grow by 1 + beta * ln(1 + floor(position / query_scale_positions))
+    query_scale_positions: int = 1
 
     def window_of(self, layer: int) -> int | None:
         """The window of one layer in tokens; None: a row sees all before it."""
@@ -64,7 +66,7 @@ class Mistral4Config:
     hidden_size: int
     num_layers: int
     num_heads: int
-    q_lora_rank: int
+    q_lora_rank: int | None  # None: one projection makes the queries
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
@@ -74,6 +76,8 @@ class Mistral4Config:
     num_dense_layers: int
     num_experts: int
     num_experts_per_token: int
+    num_expert_groups: int  # experts are chosen from the best `num_groups_per_token` of so many groups
+    num_groups_per_token: int
     num_shared_experts: int
     norm_topk_prob: bool
     routed_scaling_factor: float
@@ -140,12 +144,13 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> DecoderC
         inner = outer.section("text_config")
         _check_quantization(inner)
         model_type = inner.text("model_type")
-    if model_type in ("llama", "mistral", "ministral"):
+    if model_type in ("llama", "mistral", "ministral", "ministral3"):
         return _dense(outer, inner, model_type)
     if model_type == "mistral4":
         return _mistral4(outer, inner)
     raise inner.error(
-        "model_type", f"{model_type!r} is not supported (llama, mistral, ministral, mistral4, or mistral3 around one of them)"
+        "model_type",
+        f"{model_type!r} is not supported (llama, mistral, ministral, ministral3, mistral4, or mistral3 around one of them)",
     )
 
 
@@ -182,7 +187,7 @@ def _dense(outer: ConfigSection, inner: ConfigSection, model_type: str) -> Dense
     if heads % kv_heads:
         raise inner.error("num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}")
     interleaved = inner.flag("rope_interleave", False)
-    rope = read_rope(inner, dim=head_dim, interleaved=interleaved, kinds=("default", "llama3"))
+    rope = read_rope(inner, dim=head_dim, interleaved=interleaved, kinds=("default", "linear", "llama3", "yarn"))
     return DenseConfig(
         architecture=f"dense:{model_type}",
         vocab_size=inner.integer("vocab_size"),
@@ -198,13 +203,15 @@ def _dense(outer: ConfigSection, inner: ConfigSection, model_type: str) -> Dense
         rope=rope,
         window_tokens=window,
         window_layers=window_layers,
+        # The older decoders pass over the key.
+        query_scale_beta=rope.query_scale_beta if model_type == "ministral3" else 0.0,
+        query_scale_positions=rope.original_positions or inner.integer("max_position_embeddings"),
     )
 
 
 def _mistral4(outer: ConfigSection, inner: ConfigSection) -> Mistral4Config:
     _common_refusals(inner)
-    for key, supported in (("n_group", 1), ("topk_group", 1), ("scoring_func", "softmax")):
-        inner.refuse_unless(key, supported)
+    inner.refuse_unless("scoring_func", "softmax")
     heads = inner.integer("num_attention_heads")
     kv_heads = inner.optional_integer("num_key_value_heads") or heads
     if kv_heads != heads:
@@ -212,6 +219,7 @@ def _mistral4(outer: ConfigSection, inner: ConfigSection) -> Mistral4Config:
     experts, per_token = inner.integer("n_routed_experts"), inner.integer("num_experts_per_tok")
     if per_token > experts:
         raise inner.error("num_experts_per_tok", f"{per_token} of {experts} experts")
+    groups, groups_kept = _expert_groups(inner, experts, per_token)
     rope_dim = inner.integer("qk_rope_head_dim")
     interleaved = inner.flag("rope_interleave", True)
     rope = read_rope(inner, dim=rope_dim, interleaved=interleaved, kinds=("default", "yarn"))
@@ -221,7 +229,7 @@ def _mistral4(outer: ConfigSection, inner: ConfigSection) -> Mistral4Config:
         hidden_size=inner.integer("hidden_size"),
         num_layers=inner.integer("num_hidden_layers"),
         num_heads=heads,
-        q_lora_rank=inner.integer("q_lora_rank"),
+        q_lora_rank=None if inner.is_null("q_lora_rank") else inner.integer("q_lora_rank"),
         kv_lora_rank=inner.integer("kv_lora_rank"),
         qk_nope_head_dim=inner.integer("qk_nope_head_dim"),
         qk_rope_head_dim=rope_dim,
@@ -231,6 +239,8 @@ def _mistral4(outer: ConfigSection, inner: ConfigSection) -> Mistral4Config:
         num_dense_layers=inner.optional_integer("first_k_dense_replace") or 0,
         num_experts=experts,
         num_experts_per_token=per_token,
+        num_expert_groups=groups,
+        num_groups_per_token=groups_kept,
         num_shared_experts=inner.integer("n_shared_experts"),
         norm_topk_prob=inner.flag("norm_topk_prob", True),
         routed_scaling_factor=inner.number("routed_scaling_factor", 1.0),
@@ -241,6 +251,18 @@ def _mistral4(outer: ConfigSection, inner: ConfigSection) -> Mistral4Config:
         query_scale_beta=rope.query_scale_beta,
         query_scale_positions=rope.original_positions or inner.integer("max_position_embeddings"),
     )
+
+
+def _expert_groups(inner: ConfigSection, experts: int, per_token: int) -> tuple[int, int]:
+    """Groups of experts, and how many of them a token chooses from."""
+    groups, kept = inner.optional_integer("n_group") or 1, inner.optional_integer("topk_group") or 1
+    if experts % groups or (groups > 1 and experts // groups < 2):
+        raise inner.error("n_group", f"{groups}: {experts} experts must make equal groups of two or more")
+    if kept > groups:
+        raise inner.error("topk_group", f"{kept} of {groups} groups")
+    if per_token > kept * (experts // groups):
+        raise inner.error("topk_group", f"{kept} groups of {experts // groups} have no {per_token} experts")
+    return groups, kept
 
 
 def _tied(outer: ConfigSection, inner: ConfigSection) -> bool:

@@ -12,7 +12,7 @@ from workers.engines.torch.config_section import ConfigSection
 class RopeConfig:
     """How `dim` values of a head are rotated. Fields beyond the first four serve the kinds that name them."""
 
-    kind: str  # "default", "llama3" or "yarn"
+    kind: str  # "default", "linear", "llama3" or "yarn"
     dim: int
     theta: float
     interleaved: bool  # pairs (0, 1), (2, 3), ... instead of (i, i + dim / 2)
@@ -55,6 +55,7 @@ def read_rope(section: ConfigSection, *, dim: int, interleaved: bool, kinds: tup
         dim=dim,
         theta=theta,
         interleaved=interleaved,
+        factor=values.number("factor") if kind == "linear" else 1.0,
         original_positions=values.optional_integer("original_max_position_embeddings") or 0,
         query_scale_beta=values.number("llama_4_scaling_beta", 0.0),
     )

@@ -26,6 +26,10 @@ class ConfigSection:
         """True when the key is there and not null."""
         return self._values.get(key) is not None
 
+    def is_null(self, key: str) -> bool:
+        """True when the key is there and null."""
+        return key in self._values and self._values[key] is None
+
     def refuse_unless(self, key: str, supported: object, hint: str = "") -> None:
         """Raises when the key is there with a value other than the one supported; null counts as absent."""
         value = self._values.get(key)

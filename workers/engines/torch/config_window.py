@@ -5,7 +5,7 @@ from __future__ import annotations
 from workers.engines.torch.config_section import ConfigSection
 
 _KINDS = {"sliding_attention": True, "full_attention": False}
-_WITH_WINDOW = ("mistral", "ministral")  # a llama configuration may carry the key, but no llama decoder reads it
+_WITH_WINDOW = ("mistral", "ministral", "ministral3")  # a llama configuration may carry the key, but no llama decoder reads it
 
 
 def read_window(section: ConfigSection, num_layers: int, model_type: str) -> tuple[int | None, tuple[bool, ...]]:

@@ -57,12 +57,13 @@ def dense_attention(config: DenseConfig, tensors: Tensors, prefix: str, x: Tenso
     """Grouped-query attention: query head i reads KV head i // group."""
     dim, group = config.head_dim, config.num_heads // config.num_kv_heads
     q, k, v = (x @ tensors[f"{prefix}{name}_proj.weight"].T for name in "qkv")
+    growth = query_growth(config, x)
     out = []
     for head in range(config.num_heads):
         kv_head = head // group
         out.append(
             attention(
-                rotate(config.rope, q[:, head * dim : (head + 1) * dim]),
+                rotate(config.rope, q[:, head * dim : (head + 1) * dim]) * growth,
                 rotate(config.rope, k[:, kv_head * dim : (kv_head + 1) * dim]),
                 v[:, kv_head * dim : (kv_head + 1) * dim],
                 1 / math.sqrt(dim),
@@ -72,23 +73,29 @@ def dense_attention(config: DenseConfig, tensors: Tensors, prefix: str, x: Tenso
     return torch.cat(out, dim=1) @ tensors[prefix + "o_proj.weight"].T
 
 
+def query_growth(config: DecoderConfig, x: Tensor) -> Tensor:
+    """The factor of the queries at each position, [T, 1]."""
+    steps = [position // config.query_scale_positions for position in range(len(x))]
+    return torch.tensor([[1 + config.query_scale_beta * math.log(1 + step)] for step in steps], dtype=x.dtype)
+
+
 def latent_attention(config: Mistral4Config, tensors: Tensors, prefix: str, x: Tensor) -> Tensor:
     """MLA with the keys and values of each head written out."""
     nope, rank, width = config.qk_nope_head_dim, config.kv_lora_rank, config.qk_head_dim
-    q_latent = norm(x @ tensors[prefix + "q_a_proj.weight"].T, tensors[prefix + "q_a_layernorm.weight"], 1e-6)
-    q = q_latent @ tensors[prefix + "q_b_proj.weight"].T
+    if config.q_lora_rank is None:
+        q = x @ tensors[prefix + "q_proj.weight"].T
+    else:
+        q_latent = norm(x @ tensors[prefix + "q_a_proj.weight"].T, tensors[prefix + "q_a_layernorm.weight"], 1e-6)
+        q = q_latent @ tensors[prefix + "q_b_proj.weight"].T
     down = x @ tensors[prefix + "kv_a_proj_with_mqa.weight"].T
     latent = norm(down[:, :rank], tensors[prefix + "kv_a_layernorm.weight"], 1e-6)
     shared_key = rotate(config.rope, down[:, rank:])
     up = latent @ tensors[prefix + "kv_b_proj.weight"].T
-    growth = torch.tensor(
-        [1 + config.query_scale_beta * math.log(1 + position // config.query_scale_positions) for position in range(len(x))],
-        dtype=x.dtype,
-    )
+    growth = query_growth(config, x)
     out = []
     for head in range(config.num_heads):
         q_head = q[:, head * width : (head + 1) * width]
-        q_head = torch.cat((q_head[:, :nope], rotate(config.rope, q_head[:, nope:])), dim=1) * growth[:, None]
+        q_head = torch.cat((q_head[:, :nope], rotate(config.rope, q_head[:, nope:])), dim=1) * growth
         up_head = up[:, head * (nope + config.v_head_dim) : (head + 1) * (nope + config.v_head_dim)]
         k_head = torch.cat((up_head[:, :nope], shared_key), dim=1)
         out.append(attention(q_head, k_head, up_head[:, nope:], 1 / math.sqrt(width)))
@@ -108,13 +115,22 @@ def mixture(config: Mistral4Config, tensors: Tensors, prefix: str, x: Tensor) ->
     out = feed_forward(tensors, prefix + "shared_experts.", x)
     for row in range(len(x)):
         scores = torch.softmax(tensors[prefix + "gate.weight"] @ x[row], 0)
-        chosen = sorted(range(len(scores)), key=lambda expert: -float(scores[expert]))[: config.num_experts_per_token]
+        allowed = experts_of_best_groups(config, [float(score) for score in scores])
+        chosen = sorted(allowed, key=lambda expert: -float(scores[expert]))[: config.num_experts_per_token]
         total = sum(float(scores[expert]) for expert in chosen) if config.norm_topk_prob else 1.0
         for expert in chosen:
             gate, up = (gate_up[expert] @ x[row]).chunk(2)
             share = float(scores[expert]) / total * config.routed_scaling_factor
             out[row] += share * (down[expert] @ (gate * torch.sigmoid(gate) * up))
     return out
+
+
+def experts_of_best_groups(config: Mistral4Config, scores: Sequence[float]) -> list[int]:
+    """The experts of the groups whose two best scores have the greatest sums."""
+    size = len(scores) // config.num_expert_groups
+    groups = [list(range(first, first + size)) for first in range(0, len(scores), size)]
+    best = sorted(groups, key=lambda group: -sum(sorted(scores[expert] for expert in group)[-2:]))
+    return [expert for group in best[: config.num_groups_per_token] for expert in group]
 
 
 def rotate(config: RopeConfig, x: Tensor) -> Tensor:
@@ -137,7 +153,7 @@ def frequencies(config: RopeConfig) -> list[float]:
         return [_yarn(config, pair, frequency) for pair, frequency in enumerate(plain)]
     if config.kind == "llama3":
         return [_llama3(config, frequency) for frequency in plain]
-    return plain
+    return [frequency / config.factor for frequency in plain]
 
 
 def _yarn(config: RopeConfig, pair: int, frequency: float) -> float:

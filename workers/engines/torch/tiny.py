@@ -26,8 +26,8 @@ from workers.engines.torch.tiny_files import (
 )
 from workers.engines.torch.tokenizer_files import byte_tokenizer_files, write_json
 
-KINDS = ("mistral-small-4", "llama", "mistral", "ministral")
-_NATIVE_KINDS = ("mistral-small-4", "mistral")
+KINDS = ("mistral-small-4", "llama", "mistral", "ministral", "ministral3")
+_NATIVE_KINDS = ("mistral-small-4", "mistral", "ministral3")
 _OPTIONAL_KEYS = {"rope_parameters", "rope_scaling", "sliding_window", "use_sliding_window", "layer_types"}
 _NUM_SPECIAL, _NUM_BYTES = 16, 256
 
@@ -96,6 +96,19 @@ _DENSE: dict[str, Any] = {
 }
 
 
+_MINISTRAL3_ROPE: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
 def write_tiny(
     kind: str,
     out_dir: Path,
@@ -119,7 +132,7 @@ def write_tiny(
     if config.vocab_size < _NUM_SPECIAL + _NUM_BYTES:
         raise ModelError(f"tiny {kind}: vocab_size: needs at least {_NUM_SPECIAL + _NUM_BYTES} for the byte-level tokenizer")
     if layout == "native" and kind not in _NATIVE_KINDS:
-        raise ModelError(f"tiny {kind}: there is no native layout of it; mistral and mistral-small-4 have one")
+        raise ModelError(f"tiny {kind}: there is no native layout of it; {', '.join(_NATIVE_KINDS)} have one")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
@@ -172,6 +185,8 @@ def _configuration(kind: str, dims: dict[str, Any]) -> dict[str, Any]:
     if kind not in KINDS:
         raise ModelError(f"no tiny model of kind {kind!r}; one of {', '.join(KINDS)}")
     text = json.loads(json.dumps(_MISTRAL4_TEXT if kind == "mistral-small-4" else {"model_type": kind, **_DENSE}))
+    if kind == "ministral3":
+        text["rope_parameters"] = dict(_MINISTRAL3_ROPE)
     known = set(text) | _OPTIONAL_KEYS
     unknown = sorted(set(dims) - known)
     if unknown:

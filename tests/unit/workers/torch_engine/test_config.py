@@ -128,10 +128,11 @@ def test_windows_by_layer(llama: dict[str, Any], keys: dict[str, Any], windows: 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("n_group", 2),
+        ("n_group", 3),
+        ("n_group", 8),
         ("topk_group", 2),
         ("scoring_func", "sigmoid"),
-        ("q_lora_rank", None),
+        ("q_lora_rank", ...),
         ("kv_lora_rank", ...),
         ("num_key_value_heads", 2),
         ("num_experts_per_tok", 9),

@@ -32,15 +32,27 @@ class MoeRule:
     experts_per_token: int
     renormalise: bool
     scaling_factor: float
+    num_groups: int = 1  # of the experts; each has two or more when there are several
+    groups_per_token: int = 1
 
 
 def route(x: Tensor, router: Tensor, rule: MoeRule) -> tuple[Tensor, Tensor]:
     """Weights and ids of the experts of each row, both [T, k]. Probabilities are fp32."""
     scores = F.linear(x, router).float().softmax(-1)
-    weights, experts = torch.topk(scores, rule.experts_per_token, dim=-1)
+    weights, experts = torch.topk(_best_groups(scores, rule), rule.experts_per_token, dim=-1)
     if rule.renormalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * rule.scaling_factor, experts
+
+
+def _best_groups(scores: Tensor, rule: MoeRule) -> Tensor:
+    """The scores with those of the groups left out set to 0; a group is as good as the sum of its two best experts."""
+    if rule.groups_per_token == rule.num_groups:
+        return scores
+    grouped = scores.view(scores.shape[0], rule.num_groups, -1)
+    best = grouped.topk(2, dim=-1).values.sum(-1).topk(rule.groups_per_token, dim=-1).indices
+    kept = torch.zeros_like(grouped[..., 0]).scatter_(-1, best, 1.0)
+    return torch.mul(grouped, kept[..., None]).flatten(-2)
 
 
 def moe(x: Tensor, weights: MoeWeights, rule: MoeRule) -> Tensor:

@@ -28,7 +28,7 @@ def inverse_frequencies(config: RopeConfig) -> Tensor:
         return _llama3(1.0 / base, config)
     if config.kind == "yarn":
         return _yarn(base, config)
-    return 1.0 / base
+    return 1.0 / base / config.factor
 
 
 def _llama3(inverse: Tensor, config: RopeConfig) -> Tensor:

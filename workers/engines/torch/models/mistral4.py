@@ -29,7 +29,13 @@ class Mistral4Decoder:
         self._weights = weights
         self._attention = attention
         self._ranks = ranks
-        self._rule = MoeRule(config.num_experts_per_token, config.norm_topk_prob, config.routed_scaling_factor)
+        self._rule = MoeRule(
+            config.num_experts_per_token,
+            config.norm_topk_prob,
+            config.routed_scaling_factor,
+            config.num_expert_groups,
+            config.num_groups_per_token,
+        )
         self._inverse_frequencies = inverse_frequencies(config.rope).to(weights.embedding.device)
 
     def forward(self, batch: ForwardBatch, cache: KvCache) -> Tensor:
@@ -52,12 +58,12 @@ class Mistral4Decoder:
     def _project(self, x: Tensor, weights: LatentAttention, tables: RopeTables) -> tuple[Tensor, Tensor]:
         """Rotated queries [T, N, O + P] and the KV rows [T, R + P] of a batch."""
         config = self._config
-        rank_end = config.q_lora_rank + config.kv_lora_rank
         down = weights.q_kv_a(x)
-        q_latent, latent, shared_key = down[:, : config.q_lora_rank], down[:, config.q_lora_rank : rank_end], down[:, rank_end:]
-        q = weights.q_b(rms_norm(q_latent, weights.q_a_norm, _LATENT_NORM_EPS)).view(
-            x.shape[0], config.num_heads // self._ranks.size, -1
-        )
+        widths = [down.shape[1] - config.kv_row_values, config.kv_lora_rank, config.qk_rope_head_dim]
+        q, latent, shared_key = torch.split(down, widths, dim=1)
+        if weights.query is not None:
+            q = weights.query.up(rms_norm(q, weights.query.norm, _LATENT_NORM_EPS))
+        q = q.view(x.shape[0], config.num_heads // self._ranks.size, -1)
         q_nope, q_rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
         latent = rms_norm(latent, weights.kv_a_norm, _LATENT_NORM_EPS)
         rotated_key = rotate(shared_key[:, None, :], tables)[:, 0]

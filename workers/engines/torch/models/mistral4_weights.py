@@ -13,19 +13,28 @@ from workers.engines.torch.layers.mlp import MlpWeights
 from workers.engines.torch.layers.moe import MoeWeights
 from workers.engines.torch.models.dense_weights import load_mlp
 from workers.engines.torch.ranks import Ranks, share
-from workers.engines.torch.weights import Checkpoint, Shapes
+from workers.engines.torch.weights import WHOLE, Checkpoint, Shapes
+
+
+@dataclass(frozen=True, slots=True)
+class LatentQuery:
+    """From the latent of the queries to the queries of a run of heads."""
+
+    norm: Tensor
+    up: Linear
 
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
     """The weights of one attention; the two projections of the hidden row are fused by rows.
 
+    Without a latent of the queries, the first of them makes the queries themselves.
+
     A rank holds a run of the heads; the latent row, and so the KV cache, is the same on every rank.
     """
 
     q_kv_a: Linear
-    q_a_norm: Tensor
-    q_b: Linear
+    query: LatentQuery | None
     kv_a_norm: Tensor
     heads: LatentHeads
     output: Linear
@@ -67,11 +76,15 @@ def mistral4_shapes(config: Mistral4Config) -> Shapes:
 
 
 def _attention_shapes(config: Mistral4Config, prefix: str) -> Shapes:
-    hidden, heads = config.hidden_size, config.num_heads
-    return {
-        prefix + "q_a_proj.weight": (config.q_lora_rank, hidden),
-        prefix + "q_a_layernorm.weight": (config.q_lora_rank,),
-        prefix + "q_b_proj.weight": (heads * config.qk_head_dim, config.q_lora_rank),
+    hidden, heads, rank = config.hidden_size, config.num_heads, config.q_lora_rank
+    shapes: Shapes = {}
+    if rank is None:
+        shapes[prefix + "q_proj.weight"] = (heads * config.qk_head_dim, hidden)
+    else:
+        shapes[prefix + "q_a_proj.weight"] = (rank, hidden)
+        shapes[prefix + "q_a_layernorm.weight"] = (rank,)
+        shapes[prefix + "q_b_proj.weight"] = (heads * config.qk_head_dim, rank)
+    return shapes | {
         prefix + "kv_a_proj_with_mqa.weight": (config.kv_row_values, hidden),
         prefix + "kv_a_layernorm.weight": (config.kv_lora_rank,),
         prefix + "kv_b_proj.weight": (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank),
@@ -124,10 +137,13 @@ def _load_attention(config: Mistral4Config, checkpoint: Checkpoint, ranks: Ranks
     nope, value = config.qk_nope_head_dim, config.v_head_dim
     joint = take(prefix + "kv_b_proj.weight", share(heads, ranks, "num_attention_heads", each=nope + value))
     queries = share(heads, ranks, "num_attention_heads", each=config.qk_head_dim)
+    query, down = None, (prefix + "q_proj.weight", queries)
+    if config.q_lora_rank is not None:
+        query = LatentQuery(take(prefix + "q_a_layernorm.weight"), checkpoint.linear(prefix + "q_b_proj.weight", rows=queries))
+        down = (prefix + "q_a_proj.weight", WHOLE)
     return LatentAttention(
-        q_kv_a=checkpoint.linear(prefix + "q_a_proj.weight", prefix + "kv_a_proj_with_mqa.weight"),
-        q_a_norm=take(prefix + "q_a_layernorm.weight"),
-        q_b=checkpoint.linear(prefix + "q_b_proj.weight", rows=queries),
+        q_kv_a=checkpoint.fused([down, (prefix + "kv_a_proj_with_mqa.weight", WHOLE)]),
+        query=query,
         kv_a_norm=take(prefix + "kv_a_layernorm.weight"),
         heads=LatentHeads.split(joint, heads // ranks.size, nope),
         output=checkpoint.linear(prefix + "o_proj.weight", columns=share(heads, ranks, "num_attention_heads", each=value)),
