@@ -80,7 +80,7 @@ def test_the_digest_changes_with_tokenizer_and_template(tmp_path: Path) -> None:
         ("{", "is no valid JSON"),
         ("[" * 100_000, "is no valid JSON"),
         ("[]", "holds no JSON object"),
-        ({**LLAMA, "model_type": "gpt2"}, "model_type 'gpt2' is not served; one of llama, ministral, ministral3, mistral, mistral4 is"),
+        ({**LLAMA, "model_type": "gpt2"}, "'gpt2' is not served; one of llama, ministral, ministral3, mistral, mistral4 is"),
         ({**LLAMA, "model_type": ["llama"]}, "is not served"),
         ({**LLAMA, "vocab_size": None}, "vocab_size is missing; an integer of at least 1 is needed"),
         ({**LLAMA, "vocab_size": "100"}, "vocab_size is '100'"),
