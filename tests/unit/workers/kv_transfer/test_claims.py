@@ -8,6 +8,7 @@ import pytest
 
 from protos.contract.errors import AutanError, BadFrame, FingerprintMismatch, StaleEpoch, StaleIncarnation
 from protos.contract.redis_names import pack_tokens
+from protos.contract.token_logprobs import pack_logprobs
 from protos.wire import common, kv
 from workers.engine_api.types import EngineRequest, KvLayout, SamplingParams
 from workers.kv_transfer.block_names import sequence_hashes
@@ -97,6 +98,7 @@ def end(**changes: Any) -> kv.EndFrame:
 def test_the_right_end_passes() -> None:
     assert check_end(end(), EXPECTED, HERE) == (99,)
     assert check_end(end(next_token_ids=pack_tokens([0, 1])), EXPECTED, HERE) == (0, 1)
+    assert check_end(end(next_logprobs=[pack_logprobs(-1.0, [99], [-1.0])]), EXPECTED, HERE) == (99,)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,10 @@ def test_the_right_end_passes() -> None:
         {"next_token_ids": pack_tokens([0] * 17)},
         {"first_output_index": 0},
         {"first_output_index": 2},
+        {"next_logprobs": [b""]},
+        {"next_logprobs": [b"1234", b"1234"]},
+        {"next_logprobs": [b"12345"]},
+        {"next_logprobs": [pack_logprobs(-1.0, [100], [-1.0])]},
     ],
 )
 def test_every_wrong_end_is_refused(changes: dict[str, Any]) -> None:

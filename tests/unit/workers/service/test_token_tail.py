@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.contract.redis_names import unpack_tokens
+from protos.contract.token_logprobs import MAX_PACKED_BYTES
 from protos.wire import common
-from workers.service.token_tail import MAX_TOKENS_PER_MESSAGE, TokenTail
+from workers.service.token_tail import LOGPROBS_PER_MESSAGE, MAX_TOKENS_PER_MESSAGE, TokenTail
 
 
 def tail(base: int = 0) -> TokenTail:
@@ -81,3 +82,26 @@ def test_a_suspended_tail_has_no_news() -> None:
     one.put(0, 5)
     one.suspended = True
     assert not one.has_news
+
+
+def test_logprobs_go_with_their_tokens_and_are_counted() -> None:
+    one = tail()
+    for index in range(5):
+        one.put(index, index, bytes([index]) * (4 if index else 0))
+    message = one.message()
+    assert list(message.logprobs) == [b"", *(bytes([index]) * 4 for index in range(1, 5))]
+    assert one.logprobs_bytes == 16
+    assert one.acknowledge(3) == 3
+    assert one.logprobs_bytes == 8
+    one.rewind()
+    assert list(one.message().logprobs) == [b"\3" * 4, b"\4" * 4]
+
+
+def test_a_message_with_logprobs_stays_small() -> None:
+    one = tail()
+    for index in range(LOGPROBS_PER_MESSAGE + 10):
+        one.put(index, 7, bytes(MAX_PACKED_BYTES))
+    first, second = one.message(), one.message()
+    assert (len(first.logprobs), len(second.logprobs)) == (LOGPROBS_PER_MESSAGE, 10)
+    assert len(unpack_tokens(first.token_ids)) == LOGPROBS_PER_MESSAGE
+    assert first.ByteSize() < 512 * 1024
