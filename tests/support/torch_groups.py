@@ -37,9 +37,12 @@ class ThreadedRank:
 
 
 @contextmanager
-def a_group(model_dir: Path, ranks: int, dtype: str = "float32", **fields: Any) -> Iterator[tuple[Engine, list[ThreadedRank]]]:
+def a_group(
+    model_dir: Path, ranks: int, dtype: str = "float32", *, deterministic: bool = False, **fields: Any
+) -> Iterator[tuple[Engine, list[ThreadedRank]]]:
     """An engine over so many ranks, and the ones above 0; they must have ended in order unless a test took care of them."""
-    model, engine = ModelConfig(name="tiny", source=str(model_dir), dtype=dtype), engine_config(**fields)
+    model = ModelConfig(name="tiny", source=str(model_dir), dtype=dtype, deterministic=deterministic)
+    engine = engine_config(**fields)
     if ranks == 1:
         alone = an_engine(model_dir, dtype, **fields)
         yield alone, []

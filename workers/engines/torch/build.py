@@ -15,10 +15,12 @@ from workers.batching.runner import Runner
 from workers.engine_api.protocol import Engine
 from workers.engine_api.types import KvLayout, ModelIdentity
 from workers.engines.torch.config import DecoderConfig, read_config
+from workers.engines.torch.fixed_rows import FixedRowSteps
 from workers.engines.torch.models.decoder import Decoder
 from workers.engines.torch.models.registry import load_decoder
 from workers.engines.torch.ranks import SOLO, Ranks
 from workers.engines.torch.runner import TorchRunner, layout_of
+from workers.engines.torch.steps import EagerSteps, Steps
 from workers.engines.torch.weights import weights_digest
 from workers.grammar.matching import LlguidanceConstrainer
 from workers.grammar.vocabulary import vocabulary_of
@@ -77,11 +79,24 @@ class RunnerParts:
     dtype: torch.dtype
     device: torch.device
     layout: KvLayout  # of full rows
+    deterministic: bool
 
     def load(self, ranks: Ranks) -> Decoder:
         """The decoder with this rank's weights. Raises ModelError."""
         compressed = self.engine.weights == "stored"
-        return load_decoder(self.config, self.model_dir, self.dtype, self.device, ranks=ranks, compressed=compressed)
+        return load_decoder(
+            self.config,
+            self.model_dir,
+            self.dtype,
+            self.device,
+            ranks=ranks,
+            compressed=compressed,
+            fixed_rows=self.deterministic,
+        )
+
+    def steps(self) -> Steps:
+        """How a step runs through the decoder; the same on every rank."""
+        return FixedRowSteps() if self.deterministic else EagerSteps()
 
 
 def read_parts(model: ModelConfig, engine: EngineConfig, model_dir: Path, rank: int = 0) -> RunnerParts:
@@ -89,10 +104,6 @@ def read_parts(model: ModelConfig, engine: EngineConfig, model_dir: Path, rank: 
     card = card_of(model, model_dir)
     config = read_config(model_dir)
     dtype = _DTYPES[model.dtype]
-    if model.deterministic and dtype is not torch.float32:
-        raise ModelError(
-            f"model {model.name}: deterministic needs dtype float32; in {model.dtype} the size of a batch moves the last bits"
-        )
     return RunnerParts(
         config=config,
         card=card,
@@ -101,6 +112,7 @@ def read_parts(model: ModelConfig, engine: EngineConfig, model_dir: Path, rank: 
         dtype=dtype,
         device=_device(engine, rank),
         layout=layout_of(config, dtype, engine.block_tokens),
+        deterministic=model.deterministic,
     )
 
 
@@ -122,6 +134,7 @@ def make_runner(parts: RunnerParts, model: ModelConfig, decoder: Decoder, layout
         num_blocks=parts.engine.num_blocks,
         dtype=parts.dtype,
         device=parts.device,
+        steps=parts.steps(),
     )
 
 

@@ -38,7 +38,7 @@ def create_follower(model: ModelConfig, engine: EngineConfig, model_dir: Path, p
     layout = row_share(parts.config, parts.layout, ranks).layout(parts.layout)
     decoder = parts.load(ranks)
     cache = KvCache(layout, engine.num_blocks, parts.dtype, parts.device)
-    return EngineFollower(decoder, cache, ranks, parts.device, place.step_timeout_s)
+    return EngineFollower(decoder, parts.steps(), cache, ranks, parts.device, place.step_timeout_s)
 
 
 def _ranks(model: ModelConfig, parts: RunnerParts, place: GroupPlace) -> DistributedRanks:

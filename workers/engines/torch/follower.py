@@ -9,21 +9,28 @@ import torch
 
 from protos.contract.errors import AutanError, EngineFailure
 from workers.engines.torch.distributed_ranks import DistributedRanks
-from workers.engines.torch.forward_batch import build_batch
 from workers.engines.torch.group_runner import PLACE_IN_POOL
 from workers.engines.torch.kv_cache import KvCache
 from workers.engines.torch.models.decoder import Decoder
 from workers.engines.torch.rank_links import Frame, Link, open_links
 from workers.engines.torch.step_plan import PlanReader
+from workers.engines.torch.steps import Steps
 
 
 class EngineFollower:
     """Implements EngineShare."""
 
     def __init__(
-        self, decoder: Decoder, cache: KvCache, ranks: DistributedRanks, device: torch.device, connect_timeout_s: float
+        self,
+        decoder: Decoder,
+        steps: Steps,
+        cache: KvCache,
+        ranks: DistributedRanks,
+        device: torch.device,
+        connect_timeout_s: float,
     ) -> None:
         self._decoder = decoder
+        self._steps = steps
         self._cache = cache
         self._ranks = ranks
         self._device = device
@@ -49,7 +56,7 @@ class EngineFollower:
             if kind is not Frame.STEP:
                 raise EngineFailure(f"rank 0 sent {kind.name} on the link of steps")
             with torch.inference_mode():
-                self._decoder.forward(build_batch(plans.decode(payload), self._cache, self._device), self._cache)
+                self._steps.logits(self._decoder, plans.decode(payload), self._cache, self._device)
 
     def close(self) -> None:
         """See EngineShare."""

@@ -9,10 +9,10 @@ import torch
 from workers.batching.runner import Sampled, Slice
 from workers.engine_api.types import KvLayout, ModelIdentity
 from workers.engines.torch.config import DecoderConfig
-from workers.engines.torch.forward_batch import build_batch
 from workers.engines.torch.kv_cache import KvCache
 from workers.engines.torch.models.decoder import Decoder
 from workers.engines.torch.sampler import Sampler
+from workers.engines.torch.steps import EagerSteps, Steps
 
 
 def layout_of(config: DecoderConfig, dtype: torch.dtype, block_tokens: int) -> KvLayout:
@@ -38,8 +38,10 @@ class TorchRunner:
         num_blocks: int,
         dtype: torch.dtype,
         device: torch.device,
+        steps: Steps | None = None,
     ) -> None:
         self._decoder = decoder
+        self._steps = steps or EagerSteps()
         self._identity = identity
         self._device = device
         self._cache = KvCache(layout, num_blocks, dtype, device)
@@ -71,7 +73,7 @@ class TorchRunner:
         if self.before_forward is not None:
             self.before_forward(pieces)
         with torch.inference_mode():
-            logits = self._decoder.forward(build_batch(pieces, self._cache, self._device), self._cache)
+            logits = self._steps.logits(self._decoder, pieces, self._cache, self._device)
             drawn = [index for index in live if batch[index].sample]
             if drawn:
                 tokens = self._sampler.sample(logits, [batch[index] for index in drawn])

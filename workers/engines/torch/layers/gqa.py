@@ -55,7 +55,7 @@ def _decode(
     # The query heads of a group are rows of one small matrix.
     grouped = q.view(size, num_kv_heads, num_heads // num_kv_heads, dim)
     merged = Merged(grouped.shape[2])
-    for rows, mask in decode_tiles(cache, layer, group, window, sizes.context_tokens):
+    for rows, mask in decode_tiles(cache, layer, group, window, sizes):
         keys, values = rows.view(size, -1, 2, num_kv_heads, dim).permute(2, 0, 3, 1, 4).unbind(0)
         seen = None if mask is None else mask[:, None, None, :]
         merged.add(attend_plainly(grouped, keys, values, dim**-0.5, seen))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from workers.engines.torch.forward_batch import DecodeGroup, PrefillPart
 from workers.engines.torch.kv_cache import KvCache
-from workers.engines.torch.layers.tiles import KeyTile, RowRun
+from workers.engines.torch.layers.tiles import KeyTile, RowRun, TileSizes
 
 
 def window_mask(run: RowRun, tile: KeyTile, window: int, device: torch.device) -> Tensor:
@@ -28,7 +28,7 @@ def tile_rows(cache: KvCache, layer: int, part: PrefillPart, tile: KeyTile) -> T
 
 
 def decode_tiles(
-    cache: KvCache, layer: int, group: DecodeGroup, window: int | None, tile_tokens: int
+    cache: KvCache, layer: int, group: DecodeGroup, window: int | None, sizes: TileSizes
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The KV rows of b sequences, tile by tile, [b, L, row], and the mask [b, L] of those that are seen; None when all are.
 
@@ -37,14 +37,16 @@ def decode_tiles(
     """
     tokens = cache.layout.block_tokens
     tables, first_blocks = group.block_tables, None
-    if window is not None and cache.blocks_for(window) + 1 < tables.shape[1]:
+    if window is not None and not sizes.fixed and cache.blocks_for(window) + 1 < tables.shape[1]:
         # Every sequence has its own window: its blocks, at most that many.
         first_blocks = (group.lengths - window).clamp_min(0).div(tokens, rounding_mode="floor")[:, None]
         inside = first_blocks + torch.arange(cache.blocks_for(window) + 1, device=tables.device)
         tables = tables.gather(1, inside.clamp_max(tables.shape[1] - 1).long())
-    step = max(1, tile_tokens // tokens)
+    step = max(1, sizes.context_tokens // tokens)
     for first in range(0, tables.shape[1], step):
         blocks = tables[:, first : first + step]
+        if sizes.fixed and window is not None and (first + step) * tokens <= group.shortest - window:
+            continue
         rows = cache.load(layer, blocks.flatten()).view(blocks.shape[0], blocks.shape[1] * tokens, -1)
         if window is None and (first + blocks.shape[1]) * tokens <= group.shortest:
             yield rows, None

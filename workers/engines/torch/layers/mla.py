@@ -114,7 +114,7 @@ def _decode(q: Tensor, layer: int, cache: KvCache, group: DecodeGroup, heads: La
     """One row of each of b sequences, [b, N, V], in the absorbed form."""
     rank = heads.key.shape[2]
     query, merged = _into_latents(q, heads)[:, None], Merged(q.shape[1])
-    for rows, mask in decode_tiles(cache, layer, group, None, sizes.context_tokens):
+    for rows, mask in decode_tiles(cache, layer, group, None, sizes):
         keys = rows[:, None]
         seen = None if mask is None else mask[:, None, None, :]
         merged.add(attend_plainly(query, keys, keys[..., :rank], q.shape[-1] ** -0.5, seen))

@@ -19,14 +19,20 @@ class TileSizes:
     context_tokens: keys and values gathered (and, for latents, rebuilt) at once. 4,096 of 32 heads of 128 + 128 bf16
     values are 67 MB; the fixed cost of a kernel call and of a merge is below 2 % of the work on such a tile.
     query_rows: rows of one mask, where a window needs one: 1,024 x 4,096 values.
+    fixed: the tiles of decode rows lie at multiples of context_tokens, whatever shares the batch; then block tables
+    must be a whole number of tiles wide.
     """
 
     context_tokens: int = 4096
     query_rows: int = 1024
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         if self.context_tokens < 1 or self.query_rows < 1:
             raise ValueError("a tile has at least one token and one row")
+
+
+FIXED_SIZES = TileSizes(context_tokens=256, fixed=True)  # of deterministic steps: a short context should not pay for 4,096
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,12 @@ import torch
 
 from workers.engines.torch.attention.torch_backend import TorchAttention
 from workers.engines.torch.config import DecoderConfig, DenseConfig
+from workers.engines.torch.layers.fixed_experts import FixedRowExperts
+from workers.engines.torch.layers.tiles import FIXED_SIZES
 from workers.engines.torch.models.decoder import Decoder
 from workers.engines.torch.models.dense import DenseDecoder
 from workers.engines.torch.models.dense_weights import dense_shapes, load_dense
+from workers.engines.torch.models.expert_forms import with_experts
 from workers.engines.torch.models.mistral4 import Mistral4Decoder
 from workers.engines.torch.models.mistral4_weights import load_mistral4, mistral4_shapes
 from workers.engines.torch.ranks import SOLO, Ranks
@@ -31,13 +34,17 @@ def load_decoder(
     ranks: Ranks = SOLO,
     *,
     compressed: bool = True,
+    fixed_rows: bool = False,
 ) -> Decoder:
-    """Loads this rank's weights, with progress; `compressed` weights stay as they are stored.
+    """Loads this rank's weights, with progress; `compressed` weights stay as they are stored. `fixed_rows`: for FixedRowSteps.
 
     Raises ModelError that names every missing, extra and misshapen tensor.
     """
-    attention = TorchAttention()
+    attention = TorchAttention(FIXED_SIZES if fixed_rows else None)
     with open_checkpoint(model_dir, shapes_of(config), dtype, device, progress, compressed=compressed) as checkpoint:
         if isinstance(config, DenseConfig):
             return DenseDecoder(config, load_dense(config, checkpoint, ranks), attention, ranks)
-        return Mistral4Decoder(config, load_mistral4(config, checkpoint, ranks), attention, ranks)
+        weights = load_mistral4(config, checkpoint, ranks)
+        if fixed_rows:
+            weights = with_experts(weights, FixedRowExperts)
+        return Mistral4Decoder(config, weights, attention, ranks)
