@@ -13,7 +13,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ HOPELESS_CODES = {2: "its specification or model cannot be used", 10: "a newer i
 
 _NOT_STARTED = 127
 _KILL_WAIT_S = 10.0
+_SURVIVAL_LEASES = 2.0  # of a rank whose group has lost another one, in leases
 
 
 class SubprocessLauncher:
@@ -62,6 +63,7 @@ class SubprocessLauncher:
         self._clock = clock or SystemClock()
         self._ranks: dict[str, tuple[_Rank, ...]] = {}
         self._digests: dict[str, str] = {}
+        self._executions: set[asyncio.Task[None]] = set()
 
     async def start(self, group: InstanceGroup) -> bool:
         """See `Launcher.start`. Specs are written before this returns."""
@@ -78,6 +80,7 @@ class SubprocessLauncher:
                 log=self._log(spec.instance_id, spec.rank),
                 rules=self._rules,
                 clock=self._clock,
+                on_death=self._on_death,
             )
             for spec in group.specs
         )
@@ -111,6 +114,18 @@ class SubprocessLauncher:
     async def close(self, grace_s: float = CLOSE_GRACE_S) -> None:
         """See `Launcher.close`."""
         await asyncio.gather(*(self.stop(name, grace_s) for name in list(self._ranks)))
+        for task in self._executions:
+            task.cancel()
+
+    def _on_death(self, dead: _Rank) -> None:
+        """The others of its group end by themselves within their lease; one that stands still would hold up the new group."""
+        ranks = self._ranks.get(dead.spec.instance_id, ())
+        # One that has died as often is of the new group already.
+        pids = {rank: rank.status.pid for rank in ranks if rank.status.pid and rank.deaths < dead.deaths}
+        if pids:
+            task = asyncio.create_task(_kill_survivors(pids, _SURVIVAL_LEASES * dead.spec.timing.lease_s))
+            self._executions.add(task)
+            task.add_done_callback(self._executions.discard)
 
     def _command(self, spec: WorkerSpec) -> list[str]:
         path = self._spec_file(spec)
@@ -140,8 +155,10 @@ class _Rank:
         log: Path,
         rules: RestartRules,
         clock: Clock,
+        on_death: Callable[[_Rank], None],
     ) -> None:
         self.spec = spec
+        self._on_death = on_death
         self.status = RankStatus(
             instance_id=spec.instance_id, rank=spec.rank, state=RankState.STARTING, node=spec.node_address or "127.0.0.1"
         )
@@ -175,6 +192,17 @@ class _Rank:
             logger.error("%s rank %d: pid %d does not die", self.spec.instance_id, self.spec.rank, self.status.pid)
             self._task.cancel()
 
+    @property
+    def deaths(self) -> int:
+        """How often its process died by itself."""
+        return self._record.total
+
+    def kill_process(self, pid: int) -> None:
+        """SIGKILL to the process of that id, if it still is this rank's."""
+        if self.status.pid == pid and self._process is not None and self._process.returncode is None:
+            logger.error("%s rank %d outlived its group: pid %d is killed", self.spec.instance_id, self.spec.rank, pid)
+            _signal(self._process, signal.SIGKILL)
+
     async def _keep(self) -> None:
         while not self._is_ending:
             started_s = self._clock.now_s()
@@ -195,6 +223,7 @@ class _Rank:
             state = RankState.BROKEN if self._record.is_open else RankState.WAITING
             self._set(state, f"{_how(code)}; {self._record.total} deaths, next start in {wait_s:.1f} s")
             logger.warning("%s rank %d ended: %s", self.spec.instance_id, self.spec.rank, self.status.detail)
+            self._on_death(self)
             await asyncio.sleep(wait_s)
 
     async def _run_once(self) -> int:
@@ -216,6 +245,12 @@ class _Rank:
 
     def _set(self, state: RankState, detail: str) -> None:
         self.status = replace(self.status, state=state, pid=0, restarts=self._record.total, detail=detail)
+
+
+async def _kill_survivors(pids: Mapping[_Rank, int], patience_s: float) -> None:
+    await asyncio.sleep(patience_s)
+    for rank, pid in pids.items():
+        rank.kill_process(pid)
 
 
 def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
