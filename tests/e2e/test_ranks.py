@@ -77,3 +77,24 @@ def test_ranks_of_prefill_and_decode_may_differ(tmp_path: Path, shape: str, pref
             await no_block_left(client)
 
     run(body(), 60.0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_ranks_are_actors_of_one_placement_group(tmp_path: Path) -> None:
+    model_dir = model_of(tmp_path, "grouped")
+    prompts = prompts_of(2)
+    expected = alone(model_dir, prompts, 32)
+    config = config_of(
+        "ranks-on-ray", model_dir, {"name": "both", "role": "combined", "ranks": 2}, launcher={"kind": "ray", "num_cpus": 2}
+    )
+
+    async def body() -> None:
+        async with running(config) as (cluster, client):
+            ranks = (await cluster.launcher.alive())["both-0"]
+            assert len({rank.pid for rank in ranks} - {0}) == 2
+            await answers(client, prompts, 32, expected)
+            await no_block_left(client)
+
+    run(body(), 100.0)

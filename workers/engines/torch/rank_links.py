@@ -21,6 +21,7 @@ _HEADER = struct.Struct("<II")
 _HELLO = struct.Struct("<16sII")
 _MAX_PAYLOAD_BYTES = 1 << 30
 _TOKEN_BYTES = 16
+_HELLO_TIMEOUT_S = 1.0  # of one connection: a stranger that says nothing must not use up the wait for the ranks
 
 
 class Frame(IntEnum):
@@ -146,7 +147,7 @@ class LinkDoor:
             connection, _ = self._listener.accept()
         except OSError as error:
             raise EngineFailure(f"not all of {self._ranks} ranks connected within {self._timeout_s} s: {error}") from error
-        connection.settimeout(self._timeout_s)
+        connection.settimeout(_HELLO_TIMEOUT_S)
         try:
             token, rank, channel = _HELLO.unpack(connection.recv(_HELLO.size, socket.MSG_WAITALL))
         except (OSError, struct.error):
