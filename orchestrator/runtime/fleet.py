@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from configs.schema.cluster import ClusterConfig
@@ -12,7 +12,7 @@ from configs.schema.pools import PoolConfig
 from configs.worker_spec import WorkerSpec
 from orchestrator.domain.clock import Clock, SystemClock
 from orchestrator.domain.instance import InstanceState
-from orchestrator.runtime.launcher import InstanceGroup, Launcher, RankState
+from orchestrator.runtime.launcher import InstanceGroup, Launcher, RankState, RankStatus
 from orchestrator.store.client import Store
 from orchestrator.store.replies import InstanceRecord
 from protos.contract.errors import NoInstance
@@ -109,6 +109,7 @@ class Fleet:
             name: before.get(name, 0) if is_adopted else before.get(name, 0) + 1
             for name, is_adopted in zip(self.groups, adopted, strict=True)
         }
+        told: dict[str, int] = {}
         while waiting:
             records = await self._records()
             for name, least in list(waiting.items()):
@@ -117,7 +118,8 @@ class Fleet:
                     del waiting[name]
                     progress(f"{name}: ready at {record.addr} ({len(self.groups) - len(waiting)} of {len(self.groups)})")
             if waiting:
-                await self._must_go_on(waiting, records, deadline_s)
+                ranks = await self._must_go_on(waiting, records, deadline_s)
+                _tell_loading(waiting, ranks, told, progress)
                 await asyncio.sleep(_POLL_S)
 
     async def keep_watch(self) -> None:
@@ -136,14 +138,17 @@ class Fleet:
                     logger.warning("%s rank %d is %s: %s", *key, rank.state, rank.detail or f"{rank.restarts} restarts")
                 known[key] = rank.state
 
-    async def _must_go_on(self, waiting: Mapping[str, int], records: Mapping[str, InstanceRecord], deadline_s: float) -> None:
+    async def _must_go_on(
+        self, waiting: Mapping[str, int], records: Mapping[str, InstanceRecord], deadline_s: float
+    ) -> Mapping[str, Sequence[RankStatus]]:
+        """How the ranks are, while there is hope. Raises NoInstance, naming the instance, when there is none."""
         ranks = await self._launcher.alive()
         for name in waiting:
             for rank in ranks.get(name, ()):
                 if rank.state in {RankState.BROKEN, RankState.ENDED}:
                     raise NoInstance(await self._story(name, f"rank {rank.rank} is {rank.state}: {rank.detail}"))
         if self._clock.now_s() < deadline_s:
-            return
+            return ranks
         name = min(waiting)
         record = records.get(name)
         state = record.state if record is not None and record.incarnation >= waiting[name] else "not registered"
@@ -159,6 +164,18 @@ class Fleet:
     async def _records(self) -> dict[str, InstanceRecord]:
         view = await self._store.view(0)
         return {record.instance_id: record for record in view.instances}
+
+
+def _tell_loading(
+    waiting: Iterable[str], ranks: Mapping[str, Sequence[RankStatus]], told: dict[str, int], progress: Progress
+) -> None:
+    """Says how far the slowest rank of each instance is, when that is another tenth; `told` remembers the tenths."""
+    for name in waiting:
+        percents = [rank.loading_percent for rank in ranks.get(name, ())]
+        known = [percent for percent in percents if percent is not None]
+        if known and len(known) == len(percents) and min(known) // 10 > told.get(name, -1):
+            told[name] = min(known) // 10
+            progress(f"{name}: loading {min(known)} %")
 
 
 def _size(group: InstanceGroup) -> str:

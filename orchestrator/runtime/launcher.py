@@ -62,6 +62,7 @@ class RankStatus:
     node: str = ""  # address of its node; empty while it has none
     restarts: int = 0
     detail: str = ""  # why it is BROKEN or WAITING
+    loading_percent: int | None = None  # how far it is with loading the model; None: it has not said
 
 
 class Launcher(Protocol):

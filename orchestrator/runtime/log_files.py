@@ -8,11 +8,11 @@ from pathlib import Path
 _TAIL_BYTES = 65_536
 
 
-def tail(path: Path, lines: int) -> str:
-    """The last lines of a file, at most 64 KiB of it; empty when it cannot be read."""
+def tail(path: Path, lines: int, since_byte: int = 0) -> str:
+    """The last lines of a file from `since_byte` on, at most 64 KiB of it; empty when it cannot be read."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            file.seek(max(since_byte, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return ""

@@ -275,6 +275,7 @@ class RayLauncher:
             node=info["address"].rpartition(":")[0],
             restarts=rank.record.total,
             detail="",
+            loading_percent=info.get("loading_percent"),
         )
         if rank.record.is_open:
             ray.kill(rank.handle, no_restart=True)

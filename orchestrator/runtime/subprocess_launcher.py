@@ -23,6 +23,7 @@ from orchestrator.domain.clock import Clock, SystemClock
 from orchestrator.runtime.launcher import CLOSE_GRACE_S, InstanceGroup, RankState, RankStatus
 from orchestrator.runtime.log_files import tail
 from orchestrator.runtime.restarts import RestartRecord, RestartRules
+from protos.contract.loading import loading_percent
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ ENDED_CODES = frozenset({0})
 HOPELESS_CODES = {2: "its specification or model cannot be used", 10: "a newer incarnation of the instance is registered"}
 
 _NOT_STARTED = 127
+_LOADED = 100
+_LOG_LINES = 50
 _KILL_WAIT_S = 10.0
 _SURVIVAL_LEASES = 2.0  # of a rank whose group has lost another one, in leases
 
@@ -100,6 +103,9 @@ class SubprocessLauncher:
 
     async def alive(self) -> dict[str, tuple[RankStatus, ...]]:
         """See `Launcher.alive`."""
+        for ranks in self._ranks.values():
+            for rank in ranks:
+                rank.read_loading()
         return {name: tuple(rank.status for rank in ranks) for name, ranks in self._ranks.items()}
 
     async def log_tail(self, instance_id: str, lines: int = 20) -> str:
@@ -169,6 +175,7 @@ class _Rank:
         self._record = RestartRecord(rules)
         self._process: asyncio.subprocess.Process | None = None
         self._is_ending = False
+        self._log_begins = 0
         self._task = asyncio.create_task(self._keep(), name=f"launcher-{spec.instance_id}.{spec.rank}")
 
     @property
@@ -203,6 +210,14 @@ class _Rank:
             logger.error("%s rank %d outlived its group: pid %d is killed", self.spec.instance_id, self.spec.rank, pid)
             _signal(self._process, signal.SIGKILL)
 
+    def read_loading(self) -> None:
+        """Looks into the log for how far this process is with loading, until it is done."""
+        if self.status.state is not RankState.RUNNING or self.status.loading_percent == _LOADED:
+            return
+        percent = loading_percent(tail(self._log, _LOG_LINES, since_byte=self._log_begins))
+        if percent is not None:
+            self.status = replace(self.status, loading_percent=percent)
+
     async def _keep(self) -> None:
         while not self._is_ending:
             started_s = self._clock.now_s()
@@ -228,6 +243,7 @@ class _Rank:
 
     async def _run_once(self) -> int:
         with self._log.open("ab") as log:
+            self._log_begins = log.tell()
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -237,7 +253,12 @@ class _Rank:
                 start_new_session=True,
             )
         self.status = replace(
-            self.status, state=RankState.RUNNING, pid=self._process.pid, restarts=self._record.total, detail=""
+            self.status,
+            state=RankState.RUNNING,
+            pid=self._process.pid,
+            restarts=self._record.total,
+            detail="",
+            loading_percent=None,
         )
         if self._is_ending:
             _signal(self._process, signal.SIGKILL)

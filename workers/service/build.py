@@ -8,10 +8,18 @@ from configs.schema.pools import EngineConfig, ModelConfig
 from protos.contract.errors import ConfigError
 from workers.engine_api.group import EngineShare, GroupDoor, GroupPlace
 from workers.engine_api.protocol import Engine
+from workers.service.loading import LoadWatch
 
 
-def build_engine(model: ModelConfig, engine: EngineConfig, model_dir: Path | None) -> Engine:
-    """The engine of this model. Raises ConfigError for a kind that is not here, ModelError for an unusable checkpoint."""
+def _unwatched(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def build_engine(model: ModelConfig, engine: EngineConfig, model_dir: Path | None, progress: LoadWatch = _unwatched) -> Engine:
+    """The engine of this model; `progress` hears how far loading is.
+
+    Raises ConfigError for a kind that is not here, ModelError for an unusable checkpoint.
+    """
     if engine.kind == "oracle":
         from workers.engines.oracle import build as oracle
 
@@ -19,28 +27,30 @@ def build_engine(model: ModelConfig, engine: EngineConfig, model_dir: Path | Non
     if engine.kind == "torch":
         from workers.engines.torch import build as torch_build
 
-        return torch_build.create_engine(model, engine, _folder(model, model_dir))
+        return torch_build.create_engine(model, engine, _folder(model, model_dir), progress)
     raise ConfigError(f"engine.kind: {engine.kind} is not available in this build; use oracle or torch")
 
 
 def build_head(
-    model: ModelConfig, engine: EngineConfig, model_dir: Path | None, place: GroupPlace
-) -> tuple[Engine, GroupDoor | None]:  # fmt: skip
+    model: ModelConfig, engine: EngineConfig, model_dir: Path | None, place: GroupPlace, progress: LoadWatch = _unwatched
+) -> tuple[Engine, GroupDoor | None]:
     """Rank 0's engine and where the other ranks connect, None when they have nothing to compute. Raises as build_engine."""
     if engine.kind != "torch" or place.ranks == 1:
-        return build_engine(model, engine, model_dir), None
+        return build_engine(model, engine, model_dir, progress), None
     from workers.engines.torch import build_group
 
-    return build_group.create_head(model, engine, _folder(model, model_dir), place)
+    return build_group.create_head(model, engine, _folder(model, model_dir), place, progress)
 
 
-def build_share(model: ModelConfig, engine: EngineConfig, model_dir: Path | None, place: GroupPlace) -> EngineShare | None:
+def build_share(
+    model: ModelConfig, engine: EngineConfig, model_dir: Path | None, place: GroupPlace, progress: LoadWatch = _unwatched
+) -> EngineShare | None:
     """The share of a rank above 0, None for an engine that rank 0 computes alone. Raises as build_engine."""
     if engine.kind != "torch":
         return None
     from workers.engines.torch import build_group
 
-    return build_group.create_follower(model, engine, _folder(model, model_dir), place)
+    return build_group.create_follower(model, engine, _folder(model, model_dir), place, progress)
 
 
 def _folder(model: ModelConfig, model_dir: Path | None) -> Path:

@@ -29,6 +29,7 @@ from workers.service.group import GroupFollower, GroupHead, end_of_share, place_
 from workers.service.identity import card_of, stats_of
 from workers.service.inbox import Inbox, InboxContext
 from workers.service.lifecycle import BROKEN_CODES, ExitCode, InstanceState
+from workers.service.loading import Loading
 from workers.service.membership import Membership
 from workers.service.rank_share import ShareThread
 from workers.service.renewals import RenewalContext, Renewals
@@ -68,6 +69,7 @@ class WorkerHost:
         self.spec = spec
         self.me = Membership(instance_id=spec.instance_id)
         self.address = ""
+        self.loading = Loading()
         self._make_engine = make_engine or self._build
         self._door: GroupDoor | None = None
         self._share: ShareThread | None = None
@@ -141,7 +143,8 @@ class WorkerHost:
 
     def _build(self) -> Engine:
         spec = self.spec
-        engine, self._door = build_head(spec.model, spec.engine, self._model_dir, place_of(spec, bind_host(spec)))
+        place = place_of(spec, bind_host(spec))
+        engine, self._door = build_head(spec.model, spec.engine, self._model_dir, place, self.loading)
         return engine
 
     @property
@@ -272,7 +275,7 @@ class WorkerHost:
         spec = self.spec
         place = place_of(spec, host)
         share = self._share = ShareThread(
-            lambda: build_share(spec.model, spec.engine, self._model_dir, place), self._on_share_end
+            lambda: build_share(spec.model, spec.engine, self._model_dir, place, self.loading), self._on_share_end
         )
         share.start()
         following = asyncio.create_task(GroupFollower(spec, self._store, wire_options(spec), share).run())

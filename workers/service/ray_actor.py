@@ -64,6 +64,7 @@ class WorkerActor:
             "address": host.address if host else "",
             "incarnation": host.me.number if host else 0,
             "state": host.me.state.value if host else "STARTING",
+            "loading_percent": host.loading.percent if host else None,
         }
 
     def stop(self, grace_s: float = 0.0) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from configs.schema.cluster import ClusterConfig
-from orchestrator.runtime.fleet import Fleet, groups_of
+from orchestrator.runtime.fleet import Fleet, _tell_loading, groups_of
+from orchestrator.runtime.launcher import RankState, RankStatus
 from orchestrator.runtime.restarts import RestartRules
 from orchestrator.runtime.subprocess_launcher import WORKER_MODULE, SubprocessLauncher
 from protos.contract.errors import NoInstance
@@ -92,3 +93,21 @@ def test_workers_that_never_register_end_in_a_timeout(fresh_store: FreshStore, t
     config = a_config(fresh_store.cluster, source="calm", timeout_s=2.0)
     with pytest.raises(NoInstance, match=r"not registered after 2 s .*not ready either: left-1, right-0"):
         asyncio.run(start(fresh_store, tmp_path, config, "tests.support.idle_child"))
+
+
+def test_loading_is_told_by_the_slowest_rank_and_by_tenths() -> None:
+    said: list[str] = []
+    told: dict[str, int] = {}
+
+    def ranks(*percents: int | None) -> dict[str, tuple[RankStatus, ...]]:
+        state = RankState.RUNNING
+        return {
+            "d-0": tuple(
+                RankStatus(instance_id="d-0", rank=rank, state=state, loading_percent=percent)
+                for rank, percent in enumerate(percents)
+            )
+        }
+
+    for percents in ((None, None), (5, None), (5, 3), (50, 9), (50, 43), (100, 48), (100, 100), (100, 100)):
+        _tell_loading(["d-0", "p-0"], ranks(*percents), told, said.append)
+    assert said == ["d-0: loading 3 %", "d-0: loading 43 %", "d-0: loading 100 %"]

@@ -17,6 +17,7 @@ from configs.worker_spec import WorkerSpec
 from orchestrator.runtime.launcher import InstanceGroup, RankState, RankStatus
 from orchestrator.runtime.restarts import RestartRules
 from orchestrator.runtime.subprocess_launcher import SubprocessLauncher
+from protos.contract.loading import loading_line
 from tests.support.processes import process_state, wait_until
 
 CHILD = "tests.support.idle_child"
@@ -91,6 +92,18 @@ def test_a_killed_child_comes_back_as_another_process(tmp_path: Path) -> None:
         os.kill(first.pid, signal.SIGKILL)
         second = await rank_when(launcher, lambda rank: rank.pid not in {0, first.pid})
         assert (second.restarts, second.state) == (1, RankState.RUNNING)
+
+    run(tmp_path, body)
+
+
+def test_how_far_loading_is_comes_from_the_log_of_this_process(tmp_path: Path) -> None:
+    async def body(launcher: SubprocessLauncher) -> None:
+        (tmp_path / "logs" / "p-0.0.log").write_text(loading_line(88) + "\n")  # of an earlier process
+        await launcher.start(a_group())
+        await launcher.start(a_group("d-0", source=loading_line(43)))
+        await rank_when(launcher, lambda rank: rank.loading_percent == 43, "d-0")
+        await started(launcher)
+        assert (await launcher.alive())["p-0"][0].loading_percent is None
 
     run(tmp_path, body)
 

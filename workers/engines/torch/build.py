@@ -16,6 +16,7 @@ from workers.engine_api.protocol import Engine
 from workers.engine_api.types import KvLayout, ModelIdentity
 from workers.engines.torch.config import DecoderConfig, read_config
 from workers.engines.torch.fixed_rows import FixedRowSteps
+from workers.engines.torch.load_progress import Progress, silent
 from workers.engines.torch.models.decoder import Decoder
 from workers.engines.torch.models.registry import load_decoder
 from workers.engines.torch.ranks import SOLO, Ranks
@@ -28,14 +29,14 @@ from workers.grammar.vocabulary import vocabulary_of
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def create_engine(model: ModelConfig, engine: EngineConfig, model_dir: Path) -> Engine:
-    """Loads the checkpoint and returns an engine that is ready to step.
+def create_engine(model: ModelConfig, engine: EngineConfig, model_dir: Path, progress: Progress = silent) -> Engine:
+    """Loads the checkpoint, with progress, and returns an engine that is ready to step.
 
     `engine.threads` sets torch's threads for the whole process. Raises ModelError, naming the key or the tensor, when
     the checkpoint cannot be served as the cluster file asks.
     """
     set_threads(engine)
-    return engine_over(create_runner(model, engine, model_dir), engine, model_dir)
+    return engine_over(create_runner(model, engine, model_dir, progress), engine, model_dir)
 
 
 def set_threads(engine: EngineConfig) -> None:
@@ -62,10 +63,10 @@ def _constrainer(identity: ModelIdentity, model_dir: Path) -> LlguidanceConstrai
     return LlguidanceConstrainer(vocabulary, identity.vocab_size, identity.eos_token_ids)
 
 
-def create_runner(model: ModelConfig, engine: EngineConfig, model_dir: Path) -> TorchRunner:
+def create_runner(model: ModelConfig, engine: EngineConfig, model_dir: Path, progress: Progress = silent) -> TorchRunner:
     """The runner below the engine of one rank alone. Raises ModelError."""
     parts = read_parts(model, engine, model_dir)
-    return make_runner(parts, model, parts.load(SOLO), parts.layout)
+    return make_runner(parts, model, parts.load(SOLO, progress), parts.layout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,7 @@ class RunnerParts:
     layout: KvLayout  # of full rows
     deterministic: bool
 
-    def load(self, ranks: Ranks) -> Decoder:
+    def load(self, ranks: Ranks, progress: Progress = silent) -> Decoder:
         """The decoder with this rank's weights. Raises ModelError."""
         compressed = self.engine.weights == "stored"
         return load_decoder(
@@ -89,7 +90,8 @@ class RunnerParts:
             self.model_dir,
             self.dtype,
             self.device,
-            ranks=ranks,
+            progress,
+            ranks,
             compressed=compressed,
             fixed_rows=self.deterministic,
         )
