@@ -83,14 +83,7 @@ def read_model_card(model_dir: Path) -> ModelCard:
 
     Raises ModelError, naming the path and what to do, for a missing or malformed file and for an unknown architecture.
     """
-    if not model_dir.is_dir():
-        raise ModelError(f"{model_dir}: no such folder; give the folder that holds config.json and the weights")
-    path = model_dir / "config.json"
-    if layout_of_folder(model_dir) == "native":
-        path = model_dir / NATIVE_PARAMS
-        outer = config_from_params(_read_json(path), str(path))
-    else:
-        outer = _read_json(path)
+    path, outer = _read_outer_config(model_dir)
     architecture, text = _text_config(path, outer)
     context_tokens = _integer(path, text, "max_position_embeddings", 16)
     if architecture == "mistral4":
@@ -109,6 +102,21 @@ def read_model_card(model_dir: Path) -> ModelCard:
         chat_template=template,
         tokenizer_digest=_tokenizer_digest(model_dir, template) if has_tokenizer else "",
     )
+
+
+def read_text_config(model_dir: Path) -> tuple[str, Mapping[str, Any]]:
+    """The architecture and the section of its decoder, in the words of config.json. Raises ModelError as read_model_card."""
+    return _text_config(*_read_outer_config(model_dir))
+
+
+def _read_outer_config(model_dir: Path) -> tuple[Path, Mapping[str, Any]]:
+    if not model_dir.is_dir():
+        raise ModelError(f"{model_dir}: no such folder; give the folder that holds config.json and the weights")
+    if layout_of_folder(model_dir) == "native":
+        path = model_dir / NATIVE_PARAMS
+        return path, config_from_params(_read_json(path), str(path))
+    path = model_dir / "config.json"
+    return path, _read_json(path)
 
 
 def _text_config(path: Path, outer: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from configs.capacity import held_tokens
 from configs.model_card import ModelCard, card_of
+from configs.rank_shares import check_ranks
 from configs.schema.cluster import ClusterConfig
 from orchestrator.cli.model_source import resolve_model
 from orchestrator.ingress.model import ServedModel, load_served_model
@@ -96,6 +97,8 @@ class LocalCluster:
         self._stack.callback(self.run_dir.release)
         self._progress(f"model: {config.model.name} ({config.model.source})")
         self.model_dir = await resolve_model(config.model, self._progress)
+        if self.model_dir is not None:
+            check_ranks(config.pools, self.model_dir)
         card = self.card = self._served_card()
         await self._start_store()
         self.store = await Store.connect(self.store_url, config.name, config.store.timeout_s, config.timing.retain_s)

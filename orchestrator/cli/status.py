@@ -83,10 +83,10 @@ def status(cluster: Cluster = None, timeout: Timeout = 10.0, as_json: Json = Fal
         f"{reply.failed} failed, {reply.cancelled} cancelled"
     )
     print_table(
-        ("instance", "role", "state", "epoch", "KV used", "free", "cached", "total", "requests", "beat", "address"),
+        ("instance", "role", "ranks", "state", "epoch", "KV used", "free", "cached", "total", "requests", "beat", "address"),
         [
             (
-                one.instance_id, role_name(one.role), state_name(one.state), one.epoch, one.stats.used_blocks,
+                one.instance_id, role_name(one.role), one.card.ranks, state_name(one.state), one.epoch, one.stats.used_blocks,
                 one.stats.free_blocks, one.stats.cached_blocks, one.stats.total_blocks, one.assigned_requests,
                 f"{one.heartbeat_age_s:.1f} s", one.address,
             )

@@ -14,6 +14,7 @@ from configs.schema.cluster import ClusterConfig
 from orchestrator.client import AsyncClient
 from tests.support.cluster import assert_right, instances_of, no_block_left, run, running, watch
 from tests.support.torch_models import an_engine, random_tokens
+from tests.support.worker_world import until
 from workers.engines.torch.tiny import write_tiny
 from workers.service.solo import SoloRequest, run_alone
 
@@ -75,6 +76,29 @@ def test_ranks_of_prefill_and_decode_may_differ(tmp_path: Path, shape: str, pref
             assert {one.card.ranks for one in (await instances_of(client)).values()} == {prefill, decode}
             await answers(client, prompts, 64, expected)
             await no_block_left(client)
+
+    run(body(), 60.0)
+
+
+def test_a_group_that_is_told_to_stop_finishes_what_it_has(tmp_path: Path) -> None:
+    model_dir = model_of(tmp_path, "grouped")
+    (prompt,) = prompts_of(1)
+    (expected,) = alone(model_dir, [prompt], 600)
+    config = config_of("stopping", model_dir, {"name": "both", "role": "combined", "ranks": 2})
+
+    async def body() -> None:
+        async with running(config) as (cluster, client):
+            stream = asyncio.create_task(watch(client, prompt, 600, ignore_eos=True))
+
+            async def decodes() -> bool:
+                return any(one.completion_tokens >= 3 for one in await client.requests())
+
+            await until(decodes, "the request decodes")
+            stopping = asyncio.create_task(cluster.launcher.stop("both-0", 30.0))
+            seen = await stream
+            assert_right(seen, expected)
+            assert seen.timeline.attempts == 0, "nobody else had to take it over"
+            await stopping
 
     run(body(), 60.0)
 

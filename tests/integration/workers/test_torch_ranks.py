@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from tests.support.torch_groups import a_group  # noqa: E402
-from tests.support.torch_models import hand_off, random_tokens, run_all  # noqa: E402
-from workers.engine_api.types import EngineRequest, SamplingParams  # noqa: E402
-from workers.engines.torch.tiny import write_tiny  # noqa: E402
+import torch
+
+from configs.rank_shares import check_ranks
+from configs.schema.pools import EngineConfig, ModelConfig, PoolConfig
+from protos.contract.errors import ConfigError, ModelError
+from tests.support.torch_groups import a_group
+from tests.support.torch_models import hand_off, random_tokens, run_all
+from workers.engine_api.types import EngineRequest, SamplingParams
+from workers.engines.torch.build import read_parts
+from workers.engines.torch.distributed_ranks import DistributedRanks
+from workers.engines.torch.tiny import write_tiny
 
 SHAPES = {
     "latent": ("mistral-small-4", {}),
@@ -36,6 +44,26 @@ def requests(count: int, max_tokens: int, **sampling: Any) -> list[EngineRequest
         )
         for seed in range(count)
     ]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_cluster_file_is_refused_for_what_the_loader_refuses(tmp_path: Path, shape: str) -> None:
+    model_dir = model_of(tmp_path, shape)
+
+    def is_accepted(act: Callable[[], object], refusal: type[Exception]) -> bool:
+        try:
+            act()
+        except refusal:
+            return False
+        return True
+
+    for size in range(2, 9):
+        engine = EngineConfig(kind="torch")
+        pool = PoolConfig(name="p", role="combined", ranks=size, engine=engine)
+        parts = read_parts(ModelConfig(name="tiny", source=str(model_dir), dtype="float32"), engine, model_dir)
+        ranks = DistributedRanks(size - 1, size, "127.0.0.1", torch.device("cpu"), 1.0)
+        loads = is_accepted(lambda parts=parts, ranks=ranks: parts.load(ranks), ModelError)
+        assert is_accepted(lambda pool=pool: check_ranks([pool], model_dir), ConfigError) == loads, f"{size} ranks"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
