@@ -178,6 +178,7 @@ def _write_configuration(source: Path, staging: Path, encoding: Encoding) -> Non
 def _copy_other_files(source: Path, staging: Path) -> None:
     """Tokenizer, template and such; not weights, nor what describes the other copy of a folder that holds two."""
     for path in sorted(source.iterdir()):
-        is_written = path.name in ("config.json", NATIVE_PARAMS) or ".safetensors" in path.name
+        # The marker of an import vouches for the files that were imported.
+        is_written = path.name in ("config.json", NATIVE_PARAMS, "import.json") or ".safetensors" in path.name
         if path.is_file() and not is_written and not path.name.startswith("."):
             shutil.copyfile(path, staging / path.name)

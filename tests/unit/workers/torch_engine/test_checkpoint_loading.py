@@ -16,8 +16,11 @@ from configs.native_params import config_from_params, layout_of_folder
 from protos.contract.errors import ModelError
 from tests.support.torch_models import a_runner
 from workers.engines.torch.config import read_config
-from workers.engines.torch.models.registry import load_decoder
+from workers.engines.torch.layers.compressed_experts import CompressedExperts
+from workers.engines.torch.layers.compressed_linear import Fp8Linear
+from workers.engines.torch.models.registry import load_decoder, shapes_of
 from workers.engines.torch.tiny import write_tiny
+from workers.engines.torch.weights import open_checkpoint
 
 KIND = "mistral-small-4"
 LAYER = "model.layers.1."
@@ -82,6 +85,54 @@ def test_faults_of_an_nvfp4_folder_are_named(tmp_path: Path) -> None:
     assert f"{mine}2.up_proj.weight: its global scale has shape [2]" in message
     assert f"{mine}3.up_proj.weight: its scale has shape [64, 8], which does not fit int4" in message
     assert f"{mine}4.up_proj.weight is stored as nvfp4 and its scale is missing" in message
+
+
+@pytest.mark.parametrize("encoding", ["int8", "int4"])
+def test_faults_of_our_own_formats_are_named(encoding: Any, tmp_path: Path) -> None:
+    folder = write_tiny(KIND, tmp_path / "m", 1, encoding=encoding, num_hidden_layers=2, q_lora_rank=64)
+    layer = "language_model.model.layers.1."
+    values = "_packed" if encoding == "int4" else ""
+    change(
+        folder,
+        "model",
+        {
+            layer + "self_attn.o_proj.weight_scale": torch.ones(128, 3),
+            layer + "self_attn.q_a_proj.weight_scale": None,
+            layer + "self_attn.q_b_proj.weight_scale": torch.ones(128, dtype=torch.int32),
+            layer + "mlp.experts.gate_up_proj_scale": torch.ones(8, 127),
+            layer + f"mlp.experts.down_proj{values}": torch.zeros(8, 128, 5, dtype=torch.uint8 if values else torch.int8),
+        },
+    )
+    message = refusal(folder)
+    assert (
+        f"{LAYER}self_attn.o_proj.weight: its scale has shape [128, 3], which does not fit {encoding} of [128, 128]" in message
+    )
+    assert f"{LAYER}self_attn.q_a_proj.weight is stored as {encoding} and its scale is missing" in message
+    assert f"{LAYER}self_attn.q_b_proj.weight: its scale has dtype I32" in message
+    assert f"{LAYER}mlp.experts.gate_up_proj: its scale has shape [8, 127], which does not fit {encoding}" in message
+    assert f"{LAYER}mlp.experts.down_proj has shape [8, 128, 5] instead of [8, 128, {32 if values else 64}]" in message
+
+
+def test_experts_with_scales_of_their_own_halves(tmp_path: Path) -> None:
+    """Native files scale w1 and w3 of an expert apart; the fused matrix keeps both, compressed and decoded."""
+    folder = write_tiny(KIND, tmp_path / "m", 1, layout="native", encoding="fp8", num_hidden_layers=1)
+    path = folder / "consolidated.safetensors"
+    tensors = load_file(path)
+    tensors["layers.0.experts.2.w3.qscale_weight"] *= 8
+    save_file(tensors, path)
+    shapes = shapes_of(read_config(folder))
+    halves = [
+        tensors[f"layers.0.experts.2.{name}.weight"].float() * tensors[f"layers.0.experts.2.{name}.qscale_weight"]
+        for name in ("w1", "w3")
+    ]
+    with open_checkpoint(folder, shapes, torch.float32, torch.device("cpu")) as checkpoint:
+        experts = checkpoint.experts("model.layers.0.mlp.experts.", slice(2, 3))
+        decoded = checkpoint.take("model.layers.0.mlp.experts.gate_up_proj")[2]
+    assert isinstance(experts, CompressedExperts)
+    (gate_up,) = experts.gate_up
+    assert isinstance(gate_up, Fp8Linear)
+    assert torch.equal(gate_up.decoded(slice(None)), torch.cat(halves))
+    assert torch.equal(decoded, torch.cat(halves))
 
 
 def test_a_folder_with_both_copies_is_read_once(tmp_path: Path) -> None:
