@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PING_TIMEOUT_S = 2.0
+_SILENT_LOOKS = 2
 _STOP_MARGIN_S = 12.0
 _THREADS = 8
 
@@ -43,6 +44,8 @@ class _Rank:
     record: RestartRecord
     seen_s: float
     seen_pid: int = 0
+    silent_looks: int = 0  # how often in a row its process, seen before, did not answer
+    killed_pid: int = 0
 
 
 @dataclass(slots=True)
@@ -247,6 +250,19 @@ class RayLauncher:
             elif rank.status.state is not RankState.BROKEN:
                 needs = f"no node has room for {group.needs}" if state == "PENDING" else f"its placement group is {state}"
                 rank.status = replace(rank.status, state=RankState.STARTING, pid=0, detail=needs)
+        self._end_standing(group)
+
+    def _end_standing(self, group: _Group) -> None:
+        """Ranks end with their group by themselves; one that stands still would hold up the new group, so it is killed."""
+        import ray
+
+        newest = max(rank.record.total for rank in group.ranks)
+        for rank in group.ranks:
+            is_old = rank.record.total < newest and rank.killed_pid != rank.seen_pid
+            if is_old and rank.silent_looks >= _SILENT_LOOKS:
+                logger.error("%s outlived its group: pid %d is killed", rank.name, rank.seen_pid)
+                rank.killed_pid = rank.seen_pid
+                ray.kill(rank.handle, no_restart=False)
 
     def _look_at_rank(self, rank: _Rank) -> None:
         import ray
@@ -261,8 +277,10 @@ class RayLauncher:
             rank.status = replace(before, state=RankState.BROKEN, pid=0, detail=str(error))
             return
         except (GetTimeoutError, RayError) as error:
+            rank.silent_looks += isinstance(error, GetTimeoutError) and rank.seen_pid != 0
             rank.status = replace(before, state=RankState.STARTING, detail=_first_line(error))
             return
+        rank.silent_looks = 0
         now_s = self._clock.now_s()
         if rank.seen_pid not in {0, info["pid"]}:
             rank.record.died(now_s, now_s - rank.seen_s, 0.0)

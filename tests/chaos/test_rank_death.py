@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 
 from orchestrator.cli.local_cluster import LocalCluster
 from orchestrator.client import AsyncClient
+from protos.wire import common
 from tests.e2e.test_ranks import alone, config_of, model_of
 from tests.support.cluster import Watched, assert_right, instances_of, no_block_left, run, running, watch
 from tests.support.processes import process_state
@@ -78,6 +79,6 @@ def test_a_lost_rank_costs_time_and_nothing_else(tmp_path: Path, shape: str, fau
 def _is_ready_again(client: AsyncClient, instance: str):  # type: ignore[no-untyped-def]
     async def check() -> bool:
         one = (await instances_of(client))[instance]
-        return one.epoch >= 2 and one.state == 2  # READY
+        return one.epoch >= 2 and one.state == common.INSTANCE_STATE_READY
 
     return check

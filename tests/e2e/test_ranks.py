@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ pytest.importorskip("torch")
 
 from configs.schema.cluster import ClusterConfig
 from orchestrator.client import AsyncClient
+from protos.wire import common
 from tests.support.cluster import assert_right, instances_of, no_block_left, run, running, watch
+from tests.support.processes import process_state
 from tests.support.torch_models import an_engine, random_tokens
 from tests.support.worker_world import until
 from workers.engines.torch.tiny import write_tiny
@@ -111,7 +115,11 @@ def test_ranks_are_actors_of_one_placement_group(tmp_path: Path) -> None:
     prompts = prompts_of(2)
     expected = alone(model_dir, prompts, 32)
     config = config_of(
-        "ranks-on-ray", model_dir, {"name": "both", "role": "combined", "ranks": 2}, launcher={"kind": "ray", "num_cpus": 2}
+        "ranks-on-ray",
+        model_dir,
+        {"name": "both", "role": "combined", "ranks": 2},
+        launcher={"kind": "ray", "num_cpus": 2},
+        timing={"heartbeat_s": 0.25, "lease_s": 1.5},
     )
 
     async def body() -> None:
@@ -119,6 +127,15 @@ def test_ranks_are_actors_of_one_placement_group(tmp_path: Path) -> None:
             ranks = (await cluster.launcher.alive())["both-0"]
             assert len({rank.pid for rank in ranks} - {0}) == 2
             await answers(client, prompts, 32, expected)
+            os.kill(ranks[1].pid, signal.SIGSTOP)
+
+            async def is_back() -> bool:
+                one = (await instances_of(client))["both-0"]
+                return one.epoch >= 2 and one.state == common.INSTANCE_STATE_READY
+
+            await until(is_back, "the group is back, without the rank that stood", 60.0)
+            assert process_state(ranks[1].pid) == ""
+            await answers(client, prompts, 32, expected)
             await no_block_left(client)
 
-    run(body(), 100.0)
+    run(body(), 110.0)
