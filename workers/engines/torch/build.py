@@ -16,6 +16,7 @@ from workers.engine_api.protocol import Engine
 from workers.engine_api.types import KvLayout, ModelIdentity
 from workers.engines.torch.config import DecoderConfig, read_config
 from workers.engines.torch.fixed_rows import FixedRowSteps
+from workers.engines.torch.graphs import GraphedSteps
 from workers.engines.torch.load_progress import Progress, silent
 from workers.engines.torch.models.decoder import Decoder
 from workers.engines.torch.models.registry import load_decoder
@@ -66,7 +67,7 @@ def _constrainer(identity: ModelIdentity, model_dir: Path) -> LlguidanceConstrai
 def create_runner(model: ModelConfig, engine: EngineConfig, model_dir: Path, progress: Progress = silent) -> TorchRunner:
     """The runner below the engine of one rank alone. Raises ModelError."""
     parts = read_parts(model, engine, model_dir)
-    return make_runner(parts, model, parts.load(SOLO, progress), parts.layout)
+    return make_runner(parts, model, parts.load(SOLO, progress), parts.layout, alone=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +97,11 @@ class RunnerParts:
             fixed_rows=self.deterministic,
         )
 
-    def steps(self) -> Steps:
-        """How a step runs through the decoder; the same on every rank."""
-        return FixedRowSteps() if self.deterministic else EagerSteps()
+    def steps(self, *, alone: bool = False) -> Steps:
+        """How a step runs through the decoder; the same on every rank. `alone`: no other rank takes part."""
+        if self.deterministic:
+            return FixedRowSteps()
+        return GraphedSteps() if alone and self.device.type == "cuda" else EagerSteps()
 
 
 def read_parts(model: ModelConfig, engine: EngineConfig, model_dir: Path, rank: int = 0) -> RunnerParts:
@@ -118,7 +121,9 @@ def read_parts(model: ModelConfig, engine: EngineConfig, model_dir: Path, rank: 
     )
 
 
-def make_runner(parts: RunnerParts, model: ModelConfig, decoder: Decoder, layout: KvLayout) -> TorchRunner:
+def make_runner(
+    parts: RunnerParts, model: ModelConfig, decoder: Decoder, layout: KvLayout, *, alone: bool = False
+) -> TorchRunner:
     """A runner whose pool has this layout: that of full rows, or of one rank's share of them."""
     identity = ModelIdentity(
         model=model.name,
@@ -136,7 +141,7 @@ def make_runner(parts: RunnerParts, model: ModelConfig, decoder: Decoder, layout
         num_blocks=parts.engine.num_blocks,
         dtype=parts.dtype,
         device=parts.device,
-        steps=parts.steps(),
+        steps=parts.steps(alone=alone),
     )
 
 

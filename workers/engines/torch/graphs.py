@@ -142,7 +142,7 @@ class _Pass:
 
     def _capture(self, decoder: Decoder, cache: KvCache) -> None:
         # Libraries set themselves up on their first call, which a capture does not allow. Running twice writes equal rows.
-        aside = torch.cuda.Stream()
+        aside: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             decoder.forward(self._static.batch, cache)

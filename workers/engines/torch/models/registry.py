@@ -9,6 +9,7 @@ import torch
 from workers.engines.torch.attention.torch_backend import TorchAttention
 from workers.engines.torch.config import DecoderConfig, DenseConfig
 from workers.engines.torch.layers.fixed_experts import FixedRowExperts
+from workers.engines.torch.layers.grouped_experts import GroupedExperts
 from workers.engines.torch.layers.tiles import FIXED_SIZES
 from workers.engines.torch.models.decoder import Decoder
 from workers.engines.torch.models.dense import DenseDecoder
@@ -47,4 +48,6 @@ def load_decoder(
         weights = load_mistral4(config, checkpoint, ranks)
         if fixed_rows:
             weights = with_experts(weights, FixedRowExperts)
+        elif device.type == "cuda":
+            weights = with_experts(weights, GroupedExperts.of)
         return Mistral4Decoder(config, weights, attention, ranks)
