@@ -95,6 +95,7 @@ class RunnerParts:
             ranks,
             compressed=compressed,
             fixed_rows=self.deterministic,
+            native_rows=self.engine.max_batch_tokens,
         )
 
     def steps(self, *, alone: bool = False) -> Steps:

@@ -1,0 +1,152 @@
+// Products of a few rows with a matrix whose rows lie contiguous: out[m][n] = sum_k x[m][k] w[n][k], accumulated in fp32.
+// Both operands are read along k, so a checkpoint's [O, I] weights, and rows of the KV pool, are used as they lie.
+#pragma once
+
+#include "simd.h"
+
+// What becomes of four neighbouring results of one row.
+struct StoreBf16 {
+    bf16* out;
+    int64_t stride;
+    void operator()(int64_t m, int64_t n, __m128 v, int count) const {
+        _mm_mask_storeu_epi16(out + m * stride + n, (1u << count) - 1u, (__m128i)_mm_cvtneps_pbh(v));
+    }
+};
+
+struct StoreF32 {
+    float* out;
+    int64_t stride;
+    void operator()(int64_t m, int64_t n, __m128 v, int count) const {
+        _mm_mask_storeu_ps(out + m * stride + n, (1u << count) - 1u, v);
+    }
+};
+
+struct AddF32 {
+    float* out;
+    int64_t stride;
+    void operator()(int64_t m, int64_t n, __m128 v, int count) const {
+        const __mmask8 mask = (1u << count) - 1u;
+        float* p = out + m * stride + n;
+        _mm_mask_storeu_ps(p, mask, _mm_add_ps(_mm_maskz_loadu_ps(mask, p), v));
+    }
+};
+
+// MR rows of x against NR = 4 * G rows of w; `valid` of the NR rows are real, the others repeat the last one.
+template <int MR, int G, class Rows, class Emit>
+static inline void dot_tile(const bf16* const* x, Rows w, int64_t n, int valid, int64_t depth, int64_t m, const Emit& emit) {
+    constexpr int NR = 4 * G;
+    __m512 acc[MR][NR];
+    for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < NR; ++j) acc[i][j] = _mm512_setzero_ps();
+    const bf16* row[NR];
+    for (int j = 0; j < NR; ++j) row[j] = w(n + (j < valid ? j : valid - 1));
+    int64_t k = 0;
+    for (; k + 32 <= depth; k += 32) {
+        __m512bh wide[MR];
+        for (int i = 0; i < MR; ++i) wide[i] = (__m512bh)_mm512_loadu_si512(x[i] + k);
+#pragma GCC unroll 16
+        for (int j = 0; j < NR; ++j) {
+            const __m512bh weight = (__m512bh)_mm512_loadu_si512(row[j] + k);
+#pragma GCC unroll 8
+            for (int i = 0; i < MR; ++i) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], wide[i], weight);
+        }
+    }
+    if (k < depth) {
+        const int rest = (int)(depth - k);
+        for (int j = 0; j < NR; ++j) {
+            const __m512bh weight = (__m512bh)load_tail(row[j] + k, rest);
+            for (int i = 0; i < MR; ++i) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], (__m512bh)load_tail(x[i] + k, rest), weight);
+        }
+    }
+    for (int i = 0; i < MR; ++i)
+        for (int g = 0; g < G && 4 * g < valid; ++g) {
+            const int count = valid - 4 * g < 4 ? valid - 4 * g : 4;
+            emit(m + i, n + 4 * g, sum4(acc[i][4 * g], acc[i][4 * g + 1], acc[i][4 * g + 2], acc[i][4 * g + 3]), count);
+        }
+}
+
+template <int MR, int G, class Rows, class Emit>
+static inline void dot_strip(const bf16* const* x, Rows w, int64_t first, int64_t last, int64_t depth, int64_t m, const Emit& emit) {
+    for (int64_t n = first; n < last; n += 4 * G) {
+        const int valid = last - n < 4 * G ? (int)(last - n) : 4 * G;
+        dot_tile<MR, G>(x, w, n, valid, depth, m, emit);
+    }
+}
+
+// Rows [0, count) of x, given by pointers, against rows [first, last) of w. The order of additions depends on neither.
+template <class Rows, class Emit>
+static void dot_rows(const bf16* const* x, int64_t count, Rows w, int64_t first, int64_t last, int64_t depth, const Emit& emit) {
+    if (count == 1) return dot_strip<1, 2>(x, w, first, last, depth, 0, emit);
+    if (count == 2) return dot_strip<2, 2>(x, w, first, last, depth, 0, emit);
+    if (count == 3) return dot_strip<3, 2>(x, w, first, last, depth, 0, emit);
+    // A few rows of w stay in the first-level cache while all rows of x pass over them.
+    constexpr int64_t STRIP = 8;
+    for (int64_t n = first; n < last; n += STRIP) {
+        const int64_t end = n + STRIP < last ? n + STRIP : last;
+        int64_t m = 0;
+        for (; count - m >= 6 || count - m == 5; m += count - m == 5 ? 5 : 6) {
+            if (count - m == 5) dot_strip<5, 1>(x + m, w, n, end, depth, m, emit);
+            else if (count - m == 7 || count - m == 8) break;
+            else dot_strip<6, 1>(x + m, w, n, end, depth, m, emit);
+        }
+        for (; count - m >= 4; m += 4) dot_strip<4, 1>(x + m, w, n, end, depth, m, emit);
+        if (count - m == 3) dot_strip<3, 1>(x + m, w, n, end, depth, m, emit);
+        else if (count - m == 2) dot_strip<2, 1>(x + m, w, n, end, depth, m, emit);
+        else if (count - m == 1) dot_strip<1, 1>(x + m, w, n, end, depth, m, emit);
+    }
+}
+
+// A row of activations as 15-bit integers in two planes of signed bytes: x = step * (256 * high + low).
+// Weights stay what they are; the rounding of x is 2^-15 of the row's largest value, finer than bfloat16 for that value.
+struct ByteRow {
+    const int8_t* high;
+    const int8_t* low;
+    float step;
+    int32_t high_sum;
+    int32_t low_sum;
+};
+
+// The instruction multiplies unsigned by signed bytes, so weights are read as w + 128 and 128 * sum(x) is taken off again.
+template <int MR, class Emit>
+static inline void byte_tile(
+    const ByteRow* x, const int8_t* w, const float* scale, int64_t n, int valid, int64_t depth, int64_t m, const Emit& emit) {
+    __m512i high[MR][4], low[MR][4];
+    for (int i = 0; i < MR; ++i)
+        for (int j = 0; j < 4; ++j) high[i][j] = low[i][j] = _mm512_setzero_si512();
+    const int8_t* row[4];
+    for (int j = 0; j < 4; ++j) row[j] = w + (n + (j < valid ? j : valid - 1)) * depth;
+    const __m512i flip = _mm512_set1_epi8((char)0x80);
+    for (int64_t k = 0; k < depth; k += 64) {
+        const __mmask64 mask = depth - k >= 64 ? ~0ull : (1ull << (depth - k)) - 1ull;
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const __m512i weight = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, row[j] + k), flip);
+#pragma GCC unroll 4
+            for (int i = 0; i < MR; ++i) {
+                high[i][j] = _mm512_dpbusd_epi32(high[i][j], weight, _mm512_loadu_si512(x[i].high + k));
+                low[i][j] = _mm512_dpbusd_epi32(low[i][j], weight, _mm512_loadu_si512(x[i].low + k));
+            }
+        }
+    }
+    const __m128 scales = _mm_maskz_loadu_ps((1u << valid) - 1u, scale + n);
+    for (int i = 0; i < MR; ++i) {
+        const __m128i h = _mm_sub_epi32(sum4(high[i][0], high[i][1], high[i][2], high[i][3]), _mm_set1_epi32(128 * x[i].high_sum));
+        const __m128i l = _mm_sub_epi32(sum4(low[i][0], low[i][1], low[i][2], low[i][3]), _mm_set1_epi32(128 * x[i].low_sum));
+        const __m128 sum = _mm_fmadd_ps(_mm_cvtepi32_ps(h), _mm_set1_ps(256.0f), _mm_cvtepi32_ps(l));
+        emit(m + i, n, _mm_mul_ps(_mm_mul_ps(sum, scales), _mm_set1_ps(x[i].step)), valid);
+    }
+}
+
+// The planes of x are zero from `depth` up to the next multiple of 64.
+template <class Emit>
+static void byte_rows(
+    const ByteRow* x, int64_t count, const int8_t* w, const float* scale, int64_t first, int64_t last, int64_t depth,
+    const Emit& emit) {
+    for (int64_t n = first; n < last; n += 4) {
+        const int valid = last - n < 4 ? (int)(last - n) : 4;
+        int64_t m = 0;
+        for (; count - m >= 3; m += 3) byte_tile<3>(x + m, w, scale, n, valid, depth, m, emit);
+        if (count - m == 2) byte_tile<2>(x + m, w, scale, n, valid, depth, m, emit);
+        else if (count - m == 1) byte_tile<1>(x + m, w, scale, n, valid, depth, m, emit);
+    }
+}

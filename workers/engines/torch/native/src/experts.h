@@ -1,0 +1,74 @@
+// Routed experts of a few rows: rows grouped by expert, so that each visited expert's weights are read once.
+#pragma once
+
+#include "program.h"
+
+struct ExpertScratch {
+    std::vector<int64_t> first;    // of each expert in `visits`
+    std::vector<int64_t> visits;   // row * k + rank, by expert
+    std::vector<bf16> inner, gated, outputs;
+};
+
+// [x, chosen, weights, k, gate_up [E][2F][H], down [E][H][F], E, H, F, residual]
+// Adds the weighted sum of a row's experts, in the order of their ranking, to its fp32 residual.
+inline void experts(const Op& op, const Batch& batch, const Team& team) {
+    static ExpertScratch scratch;  // one decode step at a time per process
+    const int64_t k = op.v[3], experts = op.v[6], hidden = op.v[7], width = op.v[8], visits = batch.rows * k;
+    const int32_t* chosen = op.at<int32_t>(1);
+    if (team.id == 0) {
+        scratch.first.assign(experts + 1, 0);
+        for (int64_t i = 0; i < visits; ++i) ++scratch.first[chosen[i] + 1];
+        for (int64_t e = 0; e < experts; ++e) scratch.first[e + 1] += scratch.first[e];
+        scratch.visits.resize(visits);
+        std::vector<int64_t> next(scratch.first.begin(), scratch.first.end() - 1);
+        for (int64_t i = 0; i < visits; ++i) scratch.visits[next[chosen[i]]++] = i;
+        if ((int64_t)scratch.inner.size() < visits * 2 * width) scratch.inner.resize(visits * 2 * width);
+        if ((int64_t)scratch.gated.size() < visits * width) scratch.gated.resize(visits * width);
+        if ((int64_t)scratch.outputs.size() < visits * hidden) scratch.outputs.resize(visits * hidden);
+    }
+    team.barrier->wait();
+    static thread_local std::vector<const bf16*> x;
+    int64_t begin, end;
+    split(2 * width, 8, team.id, team.threads, &begin, &end);
+    for (int64_t e = 0; e < experts; ++e) {
+        const int64_t first = scratch.first[e], count = scratch.first[e + 1] - first;
+        if (!count) continue;
+        x.clear();
+        for (int64_t i = 0; i < count; ++i) x.push_back(op.at<bf16>(0) + scratch.visits[first + i] / k * hidden);
+        const bf16* w = op.at<bf16>(4) + e * 2 * width * hidden;
+        const StoreBf16 emit{scratch.inner.data() + first * 2 * width, 2 * width};
+        dot_rows(x.data(), count, [=](int64_t n) { return w + n * hidden; }, begin, end, hidden, emit);
+    }
+    team.barrier->wait();
+    for (int64_t i = team.id; i < visits; i += team.threads)
+        gate_row(scratch.inner.data() + i * 2 * width, width, scratch.gated.data() + i * width);
+    team.barrier->wait();
+    split(hidden, 8, team.id, team.threads, &begin, &end);
+    for (int64_t e = 0; e < experts; ++e) {
+        const int64_t first = scratch.first[e], count = scratch.first[e + 1] - first;
+        if (!count) continue;
+        x.clear();
+        for (int64_t i = 0; i < count; ++i) x.push_back(scratch.gated.data() + (first + i) * width);
+        const bf16* w = op.at<bf16>(5) + e * hidden * width;
+        const StoreBf16 emit{scratch.outputs.data() + first * hidden, hidden};
+        dot_rows(x.data(), count, [=](int64_t n) { return w + n * width; }, begin, end, width, emit);
+    }
+    team.barrier->wait();
+    static std::vector<int64_t> place;
+    if (team.id == 0) {
+        place.resize(visits);
+        for (int64_t i = 0; i < visits; ++i) place[scratch.visits[i]] = i;
+    }
+    team.barrier->wait();
+    for (int64_t m = team.id; m < batch.rows; m += team.threads)
+        for (int64_t i = 0; i < hidden; i += 16) {
+            const int rest = (int)(hidden - i < 16 ? hidden - i : 16);
+            float* out = op.at<float>(9) + m * hidden + i;
+            __m512 sum = load_f32(out, rest);
+            for (int64_t r = 0; r < k; ++r) {
+                const __m512 weight = _mm512_set1_ps(op.at<float>(2)[m * k + r]);
+                sum = _mm512_fmadd_ps(load_wide(scratch.outputs.data() + place[m * k + r] * hidden + i, rest), weight, sum);
+            }
+            store_f32(out, sum, rest);
+        }
+}
