@@ -46,8 +46,7 @@ void multiply(const Op& op, const Batch& batch, int64_t first, int64_t last, con
     static thread_local std::vector<const bf16*> x;
     x.clear();
     for (int64_t m = 0; m < batch.rows; ++m) x.push_back(op.at<bf16>(0) + m * depth);
-    const bf16* w = op.at<bf16>(1);
-    dot_rows(x.data(), batch.rows, [=](int64_t n) { return w + n * depth; }, first, last, depth, emit);
+    multiply_rows(x.data(), batch.rows, op.at<bf16>(1), first, last, depth, emit);
 }
 
 // [x, weight, out, I, O, scales or 0, result: 0 bf16, 1 fp32, 2 added to fp32]
@@ -128,7 +127,7 @@ void heads_linear(const Op& op, const Batch& batch, const Team& team) {
         const bf16* w = op.at<bf16>(3) + h * op.v[5] * op.v[6];
         const int64_t depth = op.v[5];
         const StoreBf16 emit{op.at<bf16>(7) + h * op.v[9], op.v[8]};
-        dot_rows(x.data(), batch.rows, [=](int64_t n) { return w + n * depth; }, 0, op.v[6], depth, emit);
+        multiply_rows(x.data(), batch.rows, w, 0, op.v[6], depth, emit);
     }
 }
 

@@ -37,8 +37,8 @@ static inline void mix_columns(
     const bf16* const* rows, int keys, const uint32_t* pairs, int64_t pair_stride, int64_t column, int columns, float* out,
     int64_t out_stride) {
     __m512 acc[H][4];
-    for (int h = 0; h < H; ++h)
-        for (int c = 0; c < 4; ++c) acc[h][c] = _mm512_setzero_ps();
+    UNROLL for (int h = 0; h < H; ++h)
+        UNROLL for (int c = 0; c < 4; ++c) acc[h][c] = _mm512_setzero_ps();
     const int upper = columns - 32;
     for (int j = 0; j < keys; j += 2) {
         const bf16* a = rows[j] + column;
@@ -51,8 +51,7 @@ static inline void mix_columns(
             v2 = (__m512bh)_mm512_unpacklo_epi16(a1, b1);
             v3 = (__m512bh)_mm512_unpackhi_epi16(a1, b1);
         }
-#pragma GCC unroll 8
-        for (int h = 0; h < H; ++h) {
+        UNROLL for (int h = 0; h < H; ++h) {
             const __m512bh p = (__m512bh)_mm512_set1_epi32((int)pairs[h * pair_stride + j / 2]);
             acc[h][0] = _mm512_dpbf16_ps(acc[h][0], v0, p);
             acc[h][1] = _mm512_dpbf16_ps(acc[h][1], v1, p);
@@ -64,8 +63,9 @@ static inline void mix_columns(
     }
     // Unpacking left groups of four columns: lane q of the first register holds columns 8q .. 8q+3, of the second 8q+4 .. 8q+7.
     alignas(64) float lanes[16];
-    for (int h = 0; h < H; ++h)
-        for (int c = 0; c < (upper > 0 ? 4 : 2); ++c) {
+    UNROLL for (int h = 0; h < H; ++h)
+        UNROLL for (int c = 0; c < 4; ++c) {
+            if (c >= 2 && upper <= 0) continue;
             _mm512_store_ps(lanes, acc[h][c]);
             for (int lane = 0; lane < 16; ++lane) {
                 const int at = (c / 2) * 32 + (lane / 4) * 8 + (c % 2) * 4 + lane % 4;
@@ -80,7 +80,7 @@ static void attend_tile(
     Partial out) {
     alignas(64) float scores[H][SPLIT_TOKENS];
     alignas(64) uint32_t pairs[H][SPLIT_TOKENS / 2];
-    dot_rows(queries, H, [&](int64_t n) { return keys[n]; }, 0, count, shape.key_dim, StoreF32{&scores[0][0], SPLIT_TOKENS});
+    dot_rows<0>(queries, H, [&](int64_t n) { return keys[n]; }, 0, count, shape.key_dim, StoreF32{&scores[0][0], SPLIT_TOKENS});
     for (int h = 0; h < H; ++h) {
         float top = -INFINITY;
         for (int n = 0; n < count; ++n) top = std::fmax(top, scores[h][n]);

@@ -4,13 +4,14 @@
 
 #include "simd.h"
 
-// What becomes of four neighbouring results of one row.
+// What becomes of four, or sixteen, neighbouring results of one row.
 struct StoreBf16 {
     bf16* out;
     int64_t stride;
     void operator()(int64_t m, int64_t n, __m128 v, int count) const {
         _mm_mask_storeu_epi16(out + m * stride + n, (1u << count) - 1u, (__m128i)_mm_cvtneps_pbh(v));
     }
+    void row(int64_t m, int64_t n, __m512 v, int count) const { store_bf16(out + m * stride + n, v, count); }
 };
 
 struct StoreF32 {
@@ -19,6 +20,7 @@ struct StoreF32 {
     void operator()(int64_t m, int64_t n, __m128 v, int count) const {
         _mm_mask_storeu_ps(out + m * stride + n, (1u << count) - 1u, v);
     }
+    void row(int64_t m, int64_t n, __m512 v, int count) const { store_f32(out + m * stride + n, v, count); }
 };
 
 struct AddF32 {
@@ -29,70 +31,73 @@ struct AddF32 {
         float* p = out + m * stride + n;
         _mm_mask_storeu_ps(p, mask, _mm_add_ps(_mm_maskz_loadu_ps(mask, p), v));
     }
+    void row(int64_t m, int64_t n, __m512 v, int count) const {
+        float* p = out + m * stride + n;
+        store_f32(p, _mm512_add_ps(load_f32(p, count), v), count);
+    }
 };
 
 // MR rows of x against NR = 4 * G rows of w; `valid` of the NR rows are real, the others repeat the last one.
-template <int MR, int G, class Rows, class Emit>
+// AHEAD: rows of w lie side by side, and those AHEAD rows further on are fetched meanwhile.
+template <int MR, int G, int AHEAD, class Rows, class Emit>
 static inline void dot_tile(const bf16* const* x, Rows w, int64_t n, int valid, int64_t depth, int64_t m, const Emit& emit) {
     constexpr int NR = 4 * G;
     __m512 acc[MR][NR];
-    for (int i = 0; i < MR; ++i)
-        for (int j = 0; j < NR; ++j) acc[i][j] = _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < MR; ++i)
+        UNROLL for (int j = 0; j < NR; ++j) acc[i][j] = _mm512_setzero_ps();
     const bf16* row[NR];
-    for (int j = 0; j < NR; ++j) row[j] = w(n + (j < valid ? j : valid - 1));
+    UNROLL for (int j = 0; j < NR; ++j) row[j] = w(n + (j < valid ? j : valid - 1));
     int64_t k = 0;
     for (; k + 32 <= depth; k += 32) {
         __m512bh wide[MR];
-        for (int i = 0; i < MR; ++i) wide[i] = (__m512bh)_mm512_loadu_si512(x[i] + k);
-#pragma GCC unroll 16
-        for (int j = 0; j < NR; ++j) {
+        UNROLL for (int i = 0; i < MR; ++i) wide[i] = (__m512bh)_mm512_loadu_si512(x[i] + k);
+        UNROLL for (int j = 0; j < NR; ++j) {
             const __m512bh weight = (__m512bh)_mm512_loadu_si512(row[j] + k);
-#pragma GCC unroll 8
-            for (int i = 0; i < MR; ++i) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], wide[i], weight);
+            if (AHEAD) _mm_prefetch((const char*)(row[j] + k + AHEAD * depth), _MM_HINT_T0);
+            UNROLL for (int i = 0; i < MR; ++i) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], wide[i], weight);
         }
     }
     if (k < depth) {
         const int rest = (int)(depth - k);
-        for (int j = 0; j < NR; ++j) {
+        UNROLL for (int j = 0; j < NR; ++j) {
             const __m512bh weight = (__m512bh)load_tail(row[j] + k, rest);
-            for (int i = 0; i < MR; ++i) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], (__m512bh)load_tail(x[i] + k, rest), weight);
+            UNROLL for (int i = 0; i < MR; ++i) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], (__m512bh)load_tail(x[i] + k, rest), weight);
         }
     }
-    for (int i = 0; i < MR; ++i)
-        for (int g = 0; g < G && 4 * g < valid; ++g) {
+    UNROLL for (int i = 0; i < MR; ++i)
+        UNROLL for (int g = 0; g < G; ++g) {
             const int count = valid - 4 * g < 4 ? valid - 4 * g : 4;
-            emit(m + i, n + 4 * g, sum4(acc[i][4 * g], acc[i][4 * g + 1], acc[i][4 * g + 2], acc[i][4 * g + 3]), count);
+            if (count > 0) emit(m + i, n + 4 * g, sum4(acc[i][4 * g], acc[i][4 * g + 1], acc[i][4 * g + 2], acc[i][4 * g + 3]), count);
         }
 }
 
-template <int MR, int G, class Rows, class Emit>
+template <int MR, int G, int AHEAD, class Rows, class Emit>
 static inline void dot_strip(const bf16* const* x, Rows w, int64_t first, int64_t last, int64_t depth, int64_t m, const Emit& emit) {
     for (int64_t n = first; n < last; n += 4 * G) {
         const int valid = last - n < 4 * G ? (int)(last - n) : 4 * G;
-        dot_tile<MR, G>(x, w, n, valid, depth, m, emit);
+        dot_tile<MR, G, AHEAD>(x, w, n, valid, depth, m, emit);
     }
 }
 
 // Rows [0, count) of x, given by pointers, against rows [first, last) of w. The order of additions depends on neither.
-template <class Rows, class Emit>
+template <int AHEAD, class Rows, class Emit>
 static void dot_rows(const bf16* const* x, int64_t count, Rows w, int64_t first, int64_t last, int64_t depth, const Emit& emit) {
-    if (count == 1) return dot_strip<1, 2>(x, w, first, last, depth, 0, emit);
-    if (count == 2) return dot_strip<2, 2>(x, w, first, last, depth, 0, emit);
-    if (count == 3) return dot_strip<3, 2>(x, w, first, last, depth, 0, emit);
-    // A few rows of w stay in the first-level cache while all rows of x pass over them.
-    constexpr int64_t STRIP = 8;
-    for (int64_t n = first; n < last; n += STRIP) {
-        const int64_t end = n + STRIP < last ? n + STRIP : last;
+    if (count == 1) return dot_strip<1, 2, 2 * AHEAD>(x, w, first, last, depth, 0, emit);
+    if (count == 2) return dot_strip<2, 2, 2 * AHEAD>(x, w, first, last, depth, 0, emit);
+    if (count == 3) return dot_strip<3, 2, 2 * AHEAD>(x, w, first, last, depth, 0, emit);
+    // Four rows of w stay in the first-level cache while all rows of x pass over them.
+    for (int64_t n = first; n < last; n += 4) {
+        const int64_t end = n + 4 < last ? n + 4 : last;
         int64_t m = 0;
-        for (; count - m >= 6 || count - m == 5; m += count - m == 5 ? 5 : 6) {
-            if (count - m == 5) dot_strip<5, 1>(x + m, w, n, end, depth, m, emit);
-            else if (count - m == 7 || count - m == 8) break;
-            else dot_strip<6, 1>(x + m, w, n, end, depth, m, emit);
-        }
-        for (; count - m >= 4; m += 4) dot_strip<4, 1>(x + m, w, n, end, depth, m, emit);
-        if (count - m == 3) dot_strip<3, 1>(x + m, w, n, end, depth, m, emit);
-        else if (count - m == 2) dot_strip<2, 1>(x + m, w, n, end, depth, m, emit);
-        else if (count - m == 1) dot_strip<1, 1>(x + m, w, n, end, depth, m, emit);
+        if (count == 5) dot_strip<5, 1, AHEAD>(x, w, n, end, depth, 0, emit), m = 5;
+        else if (count == 6 || count > 8) dot_strip<6, 1, AHEAD>(x, w, n, end, depth, 0, emit), m = 6;
+        else dot_strip<4, 1, AHEAD>(x, w, n, end, depth, 0, emit), m = 4;
+        for (; count - m == 6 || count - m > 8; m += 6) dot_strip<6, 1, 0>(x + m, w, n, end, depth, m, emit);
+        if (count - m == 5) dot_strip<5, 1, 0>(x + m, w, n, end, depth, m, emit), m += 5;
+        for (; count - m >= 4; m += 4) dot_strip<4, 1, 0>(x + m, w, n, end, depth, m, emit);
+        if (count - m == 3) dot_strip<3, 1, 0>(x + m, w, n, end, depth, m, emit);
+        else if (count - m == 2) dot_strip<2, 1, 0>(x + m, w, n, end, depth, m, emit);
+        else if (count - m == 1) dot_strip<1, 1, 0>(x + m, w, n, end, depth, m, emit);
     }
 }
 
@@ -111,25 +116,23 @@ template <int MR, class Emit>
 static inline void byte_tile(
     const ByteRow* x, const int8_t* w, const float* scale, int64_t n, int valid, int64_t depth, int64_t m, const Emit& emit) {
     __m512i high[MR][4], low[MR][4];
-    for (int i = 0; i < MR; ++i)
-        for (int j = 0; j < 4; ++j) high[i][j] = low[i][j] = _mm512_setzero_si512();
+    UNROLL for (int i = 0; i < MR; ++i)
+        UNROLL for (int j = 0; j < 4; ++j) high[i][j] = low[i][j] = _mm512_setzero_si512();
     const int8_t* row[4];
     for (int j = 0; j < 4; ++j) row[j] = w + (n + (j < valid ? j : valid - 1)) * depth;
     const __m512i flip = _mm512_set1_epi8((char)0x80);
     for (int64_t k = 0; k < depth; k += 64) {
         const __mmask64 mask = depth - k >= 64 ? ~0ull : (1ull << (depth - k)) - 1ull;
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
+        UNROLL for (int j = 0; j < 4; ++j) {
             const __m512i weight = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, row[j] + k), flip);
-#pragma GCC unroll 4
-            for (int i = 0; i < MR; ++i) {
+            UNROLL for (int i = 0; i < MR; ++i) {
                 high[i][j] = _mm512_dpbusd_epi32(high[i][j], weight, _mm512_loadu_si512(x[i].high + k));
                 low[i][j] = _mm512_dpbusd_epi32(low[i][j], weight, _mm512_loadu_si512(x[i].low + k));
             }
         }
     }
     const __m128 scales = _mm_maskz_loadu_ps((1u << valid) - 1u, scale + n);
-    for (int i = 0; i < MR; ++i) {
+    UNROLL for (int i = 0; i < MR; ++i) {
         const __m128i h = _mm_sub_epi32(sum4(high[i][0], high[i][1], high[i][2], high[i][3]), _mm_set1_epi32(128 * x[i].high_sum));
         const __m128i l = _mm_sub_epi32(sum4(low[i][0], low[i][1], low[i][2], low[i][3]), _mm_set1_epi32(128 * x[i].low_sum));
         const __m128 sum = _mm_fmadd_ps(_mm_cvtepi32_ps(h), _mm_set1_ps(256.0f), _mm_cvtepi32_ps(l));

@@ -29,7 +29,7 @@ inline void experts(const Op& op, const Batch& batch, const Team& team) {
     team.barrier->wait();
     static thread_local std::vector<const bf16*> x;
     int64_t begin, end;
-    split(2 * width, 8, team.id, team.threads, &begin, &end);
+    split(2 * width, 16, team.id, team.threads, &begin, &end);
     for (int64_t e = 0; e < experts; ++e) {
         const int64_t first = scratch.first[e], count = scratch.first[e + 1] - first;
         if (!count) continue;
@@ -37,13 +37,13 @@ inline void experts(const Op& op, const Batch& batch, const Team& team) {
         for (int64_t i = 0; i < count; ++i) x.push_back(op.at<bf16>(0) + scratch.visits[first + i] / k * hidden);
         const bf16* w = op.at<bf16>(4) + e * 2 * width * hidden;
         const StoreBf16 emit{scratch.inner.data() + first * 2 * width, 2 * width};
-        dot_rows(x.data(), count, [=](int64_t n) { return w + n * hidden; }, begin, end, hidden, emit);
+        multiply_rows(x.data(), count, w, begin, end, hidden, emit);
     }
     team.barrier->wait();
     for (int64_t i = team.id; i < visits; i += team.threads)
         gate_row(scratch.inner.data() + i * 2 * width, width, scratch.gated.data() + i * width);
     team.barrier->wait();
-    split(hidden, 8, team.id, team.threads, &begin, &end);
+    split(hidden, 16, team.id, team.threads, &begin, &end);
     for (int64_t e = 0; e < experts; ++e) {
         const int64_t first = scratch.first[e], count = scratch.first[e + 1] - first;
         if (!count) continue;
@@ -51,7 +51,7 @@ inline void experts(const Op& op, const Batch& batch, const Team& team) {
         for (int64_t i = 0; i < count; ++i) x.push_back(scratch.gated.data() + (first + i) * width);
         const bf16* w = op.at<bf16>(5) + e * hidden * width;
         const StoreBf16 emit{scratch.outputs.data() + first * hidden, hidden};
-        dot_rows(x.data(), count, [=](int64_t n) { return w + n * width; }, begin, end, width, emit);
+        multiply_rows(x.data(), count, w, begin, end, width, emit);
     }
     team.barrier->wait();
     static std::vector<int64_t> place;

@@ -77,12 +77,10 @@ template <int M>
 static inline void multiply_pairs(const uint32_t* const* a, int64_t pairs, const uint32_t* b, int64_t b_row, __m512 (*c)[4]) {
     for (int64_t k = 0; k < pairs; ++k, b += b_row) {
         __m512bh column[4];
-        for (int j = 0; j < 4; ++j) column[j] = (__m512bh)_mm512_loadu_si512(b + 16 * j);
-#pragma GCC unroll 8
-        for (int i = 0; i < M; ++i) {
+        UNROLL for (int j = 0; j < 4; ++j) column[j] = (__m512bh)_mm512_loadu_si512(b + 16 * j);
+        UNROLL for (int i = 0; i < M; ++i) {
             const __m512bh value = (__m512bh)_mm512_set1_epi32((int)a[i][k]);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) c[i][j] = _mm512_dpbf16_ps(c[i][j], value, column[j]);
+            UNROLL for (int j = 0; j < 4; ++j) c[i][j] = _mm512_dpbf16_ps(c[i][j], value, column[j]);
         }
     }
 }
@@ -107,24 +105,24 @@ static inline void flash_block(const FlashTile& t, const FlashLayout& layout, in
     const uint32_t* q[M];
     for (int i = 0; i < M; ++i) q[i] = (const uint32_t*)(t.q + (row + i) * t.q_row + head * t.q_head);
     __m512 score[M][4];
-    for (int i = 0; i < M; ++i)
-        for (int j = 0; j < 4; ++j) score[i][j] = _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < M; ++i)
+        UNROLL for (int j = 0; j < 4; ++j) score[i][j] = _mm512_setzero_ps();
     multiply_pairs<M>(q, layout.key_pairs, keys, KEY_BLOCK, score);
     const bool all = visible_keys(t, position, block_start) == ~0ull && visible_keys(t, position + M - 1, block_start) == ~0ull;
     alignas(64) bf16 weight[M][KEY_BLOCK];
     const __m512 scale = _mm512_set1_ps((float)t.scale), lowest = _mm512_set1_ps(-INFINITY);
     float* max = t.max + head * t.count + row;
     float* sum = t.sum + head * t.count + row;
-    for (int i = 0; i < M; ++i) {
+    UNROLL for (int i = 0; i < M; ++i) {
         if (!all) {
             const uint64_t seen = visible_keys(t, position + i, block_start);
-            for (int j = 0; j < 4; ++j) score[i][j] = _mm512_mask_mov_ps(lowest, (__mmask16)(seen >> (16 * j)), score[i][j]);
+            UNROLL for (int j = 0; j < 4; ++j) score[i][j] = _mm512_mask_mov_ps(lowest, (__mmask16)(seen >> (16 * j)), score[i][j]);
         }
         const __m512 top = _mm512_max_ps(_mm512_max_ps(score[i][0], score[i][1]), _mm512_max_ps(score[i][2], score[i][3]));
         const float highest = std::fmax(max[i], _mm512_reduce_max_ps(top));
         const __m512 offset = _mm512_set1_ps(highest == -INFINITY ? 0.0f : highest);
         __m512 total = _mm512_setzero_ps();
-        for (int j = 0; j < 4; ++j) {
+        UNROLL for (int j = 0; j < 4; ++j) {
             const __m512 p = exp_nonpositive(_mm512_mul_ps(_mm512_sub_ps(score[i][j], offset), scale));
             total = _mm512_add_ps(total, p);
             _mm256_store_si256((__m256i*)(weight[i] + 16 * j), (__m256i)_mm512_cvtneps_pbh(p));
@@ -144,20 +142,20 @@ static inline void flash_block(const FlashTile& t, const FlashLayout& layout, in
     int64_t column = 0;
     for (; column + 64 <= t.v_dim; column += 64) {
         __m512 c[M][4];
-        for (int i = 0; i < M; ++i)
-            for (int j = 0; j < 4; ++j) c[i][j] = _mm512_loadu_ps(acc + i * t.v_dim + column + 16 * j);
+        UNROLL for (int i = 0; i < M; ++i)
+            UNROLL for (int j = 0; j < 4; ++j) c[i][j] = _mm512_loadu_ps(acc + i * t.v_dim + column + 16 * j);
         multiply_pairs<M>(p, KEY_BLOCK / 2, values + column, t.v_dim, c);
-        for (int i = 0; i < M; ++i)
-            for (int j = 0; j < 4; ++j) _mm512_storeu_ps(acc + i * t.v_dim + column + 16 * j, c[i][j]);
+        UNROLL for (int i = 0; i < M; ++i)
+            UNROLL for (int j = 0; j < 4; ++j) _mm512_storeu_ps(acc + i * t.v_dim + column + 16 * j, c[i][j]);
     }
     for (; column < t.v_dim; column += 16) {
         __m512 c[M];
-        for (int i = 0; i < M; ++i) c[i] = _mm512_loadu_ps(acc + i * t.v_dim + column);
+        UNROLL for (int i = 0; i < M; ++i) c[i] = _mm512_loadu_ps(acc + i * t.v_dim + column);
         for (int k = 0; k < KEY_BLOCK / 2; ++k) {
             const __m512bh b = (__m512bh)_mm512_loadu_si512(values + k * t.v_dim + column);
-            for (int i = 0; i < M; ++i) c[i] = _mm512_dpbf16_ps(c[i], (__m512bh)_mm512_set1_epi32((int)p[i][k]), b);
+            UNROLL for (int i = 0; i < M; ++i) c[i] = _mm512_dpbf16_ps(c[i], (__m512bh)_mm512_set1_epi32((int)p[i][k]), b);
         }
-        for (int i = 0; i < M; ++i) _mm512_storeu_ps(acc + i * t.v_dim + column, c[i]);
+        UNROLL for (int i = 0; i < M; ++i) _mm512_storeu_ps(acc + i * t.v_dim + column, c[i]);
     }
 }
 

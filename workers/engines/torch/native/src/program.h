@@ -4,6 +4,7 @@
 #pragma once
 
 #include "decode_attention.h"
+#include "outer_product.h"
 #include "row_ops.h"
 
 enum Code : int64_t {

@@ -11,6 +11,9 @@
 
 using bf16 = uint16_t;
 
+// Registers in an array stay registers only when every loop over them is unrolled.
+#define UNROLL _Pragma("GCC unroll 24")
+
 static inline __m512i load_tail(const bf16* p, int count) {
     return _mm512_maskz_loadu_epi16(count >= 32 ? 0xffffffffu : (1u << count) - 1u, p);
 }
