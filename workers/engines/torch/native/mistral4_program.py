@@ -28,30 +28,34 @@ class Mistral4Program:
     @classmethod
     def of(cls, config: Mistral4Config, weights: Mistral4Weights, library: Library, max_rows: int) -> Mistral4Program | None:
         """None when a weight lies in memory in a way that the native step cannot read, or a head has an odd width."""
-        if config.q_lora_rank is None or config.num_groups_per_token != config.num_expert_groups:
+        if config.num_groups_per_token != config.num_expert_groups:
             return None
         linears = [weights.head]
         for layer in weights.layers:
             attention, feed = layer.attention, layer.feed_forward
             shared = feed.shared if isinstance(feed, MoeWeights) else feed
-            linears += [attention.q_kv_a, attention.q_b, attention.output, shared.gate_up, shared.down]
+            if attention.query is None:
+                return None
+            linears += [attention.q_kv_a, attention.query.up, attention.output, shared.gate_up, shared.down]
             if isinstance(feed, MoeWeights) and not isinstance(feed.experts, PlainExperts):
                 return None
         fits = FlashPrefill.fits(config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
         return cls(config, weights, library, max_rows) if fits and all(map(is_supported, linears)) else None
 
     def __init__(self, config: Mistral4Config, weights: Mistral4Weights, library: Library, max_rows: int) -> None:
+        assert config.q_lora_rank is not None
         self._config = config
         self._weights = weights
         self._library = library
+        self._query_rank = config.q_lora_rank
         self._flash = FlashPrefill(library)
         self._inverse = inverse_frequencies(config.rope)
         buffers, heads = Buffers(max_rows), config.num_heads
         self._buffers = buffers
         self._x = buffers.of(config.hidden_size, float32)
         self._normed = buffers.of(config.hidden_size, bfloat16)
-        self._down = buffers.of(config.q_lora_rank + config.kv_row_values, bfloat16)
-        self._latent_q = buffers.of(config.q_lora_rank, bfloat16)
+        self._down = buffers.of(self._query_rank + config.kv_row_values, bfloat16)
+        self._latent_q = buffers.of(self._query_rank, bfloat16)
         self._q = buffers.of(heads * config.qk_head_dim, bfloat16)
         self._absorbed = buffers.of(heads * config.kv_row_values, bfloat16)
         self._mixed = buffers.of(heads * config.kv_lora_rank, bfloat16)
@@ -119,26 +123,24 @@ class Mistral4Program:
             float(config.routed_scaling_factor),
         )  # fmt: skip
 
-        def wide(batch: ForwardBatch, cache: KvCache, rows: int) -> None:
-            self._x[:rows].add_(held(self._normed[:rows], self._chosen[:rows].long(), self._shares[:rows]))
-
         program.add(
             Code.EXPERTS, self._normed, self._chosen, self._shares, per_token, held.gate_up, held.down, held.count,
-            config.hidden_size, config.moe_intermediate_size, self._x, wide=wide,
+            config.hidden_size, config.moe_intermediate_size, self._x,
         )  # fmt: skip
 
     def _attention(self, program: Program, index: int, layer: Mistral4Layer, cache: KvCache) -> None:
         config, weights = self._config, layer.attention
+        assert weights.query is not None
         rope, row = config.rope, config.kv_row_values
         offset = index * cache.layout.block_tokens * row
         add_norm(program, self._x, layer.input_norm, self._normed, config.rms_norm_eps)
         add_linear(program, self._normed, weights.q_kv_a, self._down, BF16)
         program.add(
-            Code.SPLIT_LATENT, self._down, weights.q_a_norm, self._latent_q, config.q_lora_rank, weights.kv_a_norm,
+            Code.SPLIT_LATENT, self._down, weights.query.norm, self._latent_q, self._query_rank, weights.kv_a_norm,
             config.kv_lora_rank, config.qk_rope_head_dim, self._tables, int(rope.interleaved), float(rope.table_factor),
             _LATENT_NORM_EPS, offset, row,
         )  # fmt: skip
-        add_linear(program, self._latent_q, weights.q_b, self._q, BF16)
+        add_linear(program, self._latent_q, weights.query.up, self._q, BF16)
         self._attend(program, index, weights, cache)
         add_linear(program, self._attended, weights.output, self._x, ADDED)
 

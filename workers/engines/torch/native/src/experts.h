@@ -9,6 +9,29 @@ struct ExpertScratch {
     std::vector<bf16> inner, gated, outputs;
 };
 
+// One matrix [O, I] of each expert times the rows that visit it. Few rows are shared out by outputs, so that each thread
+// reads its part of the weights; many by rows, so that each packs its own.
+template <class Input>
+static void visit_experts(const ExpertScratch& scratch, int64_t experts, const Input& input, const bf16* weights, int64_t outputs,
+                          int64_t depth, bf16* out, const Team& team) {
+    constexpr int64_t MANY = 64;
+    static thread_local std::vector<const bf16*> x;
+    for (int64_t e = 0; e < experts; ++e) {
+        int64_t first = scratch.first[e], last = scratch.first[e + 1], begin = 0, end = outputs;
+        if (last - first >= MANY) {
+            const int64_t all = last - first, offset = first;
+            split(all, 16, team.id, team.threads, &first, &last);
+            first += offset, last += offset;
+        } else {
+            split(outputs, 16, team.id, team.threads, &begin, &end);
+        }
+        if (first == last || begin == end) continue;
+        x.clear();
+        for (int64_t visit = first; visit < last; ++visit) x.push_back(input(visit));
+        multiply_rows(x.data(), last - first, weights + e * outputs * depth, begin, end, depth, StoreBf16{out + first * outputs, outputs});
+    }
+}
+
 // [x, chosen, weights, k, gate_up [E][2F][H], down [E][H][F], E, H, F, residual]
 // Adds the weighted sum of a row's experts, in the order of their ranking, to its fp32 residual.
 inline void experts(const Op& op, const Batch& batch, const Team& team) {
@@ -27,32 +50,14 @@ inline void experts(const Op& op, const Batch& batch, const Team& team) {
         if ((int64_t)scratch.outputs.size() < visits * hidden) scratch.outputs.resize(visits * hidden);
     }
     team.barrier->wait();
-    static thread_local std::vector<const bf16*> x;
-    int64_t begin, end;
-    split(2 * width, 16, team.id, team.threads, &begin, &end);
-    for (int64_t e = 0; e < experts; ++e) {
-        const int64_t first = scratch.first[e], count = scratch.first[e + 1] - first;
-        if (!count) continue;
-        x.clear();
-        for (int64_t i = 0; i < count; ++i) x.push_back(op.at<bf16>(0) + scratch.visits[first + i] / k * hidden);
-        const bf16* w = op.at<bf16>(4) + e * 2 * width * hidden;
-        const StoreBf16 emit{scratch.inner.data() + first * 2 * width, 2 * width};
-        multiply_rows(x.data(), count, w, begin, end, hidden, emit);
-    }
+    const auto input = [&](int64_t visit) { return op.at<bf16>(0) + scratch.visits[visit] / k * hidden; };
+    visit_experts(scratch, experts, input, op.at<bf16>(4), 2 * width, hidden, scratch.inner.data(), team);
     team.barrier->wait();
     for (int64_t i = team.id; i < visits; i += team.threads)
         gate_row(scratch.inner.data() + i * 2 * width, width, scratch.gated.data() + i * width);
     team.barrier->wait();
-    split(hidden, 16, team.id, team.threads, &begin, &end);
-    for (int64_t e = 0; e < experts; ++e) {
-        const int64_t first = scratch.first[e], count = scratch.first[e + 1] - first;
-        if (!count) continue;
-        x.clear();
-        for (int64_t i = 0; i < count; ++i) x.push_back(scratch.gated.data() + (first + i) * width);
-        const bf16* w = op.at<bf16>(5) + e * hidden * width;
-        const StoreBf16 emit{scratch.outputs.data() + first * hidden, hidden};
-        multiply_rows(x.data(), count, w, begin, end, width, emit);
-    }
+    const auto gated = [&](int64_t visit) { return scratch.gated.data() + visit * width; };
+    visit_experts(scratch, experts, gated, op.at<bf16>(5), hidden, width, scratch.outputs.data(), team);
     team.barrier->wait();
     static std::vector<int64_t> place;
     if (team.id == 0) {

@@ -6,27 +6,6 @@
 
 #include "dot_product.h"
 
-struct PackedRows {
-    std::vector<uint32_t> words;
-    int64_t pairs = 0, groups = 0;
-
-    // An odd depth is filled up with a zero.
-    void pack(const bf16* const* x, int64_t count, int64_t depth) {
-        pairs = (depth + 1) / 2;
-        groups = (count + 15) / 16;
-        words.assign(groups * pairs * 16, 0);
-        for (int64_t m = 0; m < count; ++m) {
-            uint32_t* out = words.data() + m / 16 * pairs * 16 + m % 16;
-            for (int64_t k = 0; k < depth / 2; ++k) {
-                uint32_t pair;
-                std::memcpy(&pair, x[m] + 2 * k, 4);
-                out[k * 16] = pair;
-            }
-            if (depth % 2) out[depth / 2 * 16] = x[m][depth - 1];
-        }
-    }
-};
-
 static inline void transpose16(__m512* r) {
     __m512 t[16];
     UNROLL for (int i = 0; i < 16; i += 2) {
@@ -52,6 +31,32 @@ static inline void transpose16(__m512* r) {
         r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
     }
 }
+
+struct PackedRows {
+    std::vector<uint32_t> words;
+    int64_t pairs = 0, groups = 0;
+
+    // Rows beyond `count`, and the odd end of a depth, are filled up with zeros.
+    void pack(const bf16* const* x, int64_t count, int64_t depth) {
+        pairs = (depth + 1) / 2;
+        groups = (count + 15) / 16;
+        if ((int64_t)words.size() < groups * pairs * 16) words.resize(groups * pairs * 16);
+        for (int64_t group = 0; group < groups; ++group) {
+            const int rows = (int)(count - group * 16 < 16 ? count - group * 16 : 16);
+            for (int64_t k = 0; k < pairs; k += 16) {
+                __m512 r[16];
+                UNROLL for (int i = 0; i < 16; ++i) {
+                    const int64_t rest = depth - 2 * k;
+                    r[i] = i < rows ? (__m512)load_tail(x[group * 16 + i] + 2 * k, rest < 32 ? (int)rest : 32) : _mm512_setzero_ps();
+                }
+                transpose16(r);
+                uint32_t* out = words.data() + (group * pairs + k) * 16;
+                UNROLL for (int i = 0; i < 16; ++i)
+                    if (k + i < pairs) _mm512_storeu_ps(out + i * 16, r[i]);
+            }
+        }
+    }
+};
 
 // Sums of NR rows of w with G groups of sixteen rows of x, into sums[group][row of w][16].
 template <int NR, int G>
