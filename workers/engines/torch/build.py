@@ -19,8 +19,8 @@ from workers.engines.torch.fixed_rows import FixedRowSteps
 from workers.engines.torch.graphs import GraphedSteps
 from workers.engines.torch.load_progress import Progress, silent
 from workers.engines.torch.models.decoder import Decoder
-from workers.engines.torch.models.registry import load_decoder
 from workers.engines.torch.ranks import SOLO, Ranks
+from workers.engines.torch.registry import load_decoder
 from workers.engines.torch.runner import TorchRunner, layout_of
 from workers.engines.torch.steps import EagerSteps, Steps
 from workers.engines.torch.weights import weights_digest

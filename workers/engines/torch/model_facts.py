@@ -11,8 +11,8 @@ from typing import Any
 from protos.contract.errors import ModelError
 from workers.engines.torch.config import DecoderConfig
 from workers.engines.torch.config_section import ConfigSection
-from workers.engines.torch.models.registry import shapes_of
 from workers.engines.torch.number_formats import INT4_GROUPS, NVFP4_BLOCK
+from workers.engines.torch.registry import shapes_of
 from workers.engines.torch.stored_tensors import Piece, list_entries, place_tensors
 from workers.engines.torch.tiny_files import ENCODINGS, Encoding, is_quantised
 from workers.engines.torch.weights import DECODED_SUFFIX, keeps_compressed

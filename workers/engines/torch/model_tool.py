@@ -28,8 +28,8 @@ from workers.engines.torch.model_facts import (
     stored_bytes_by_format,
 )
 from workers.engines.torch.model_report import Report
-from workers.engines.torch.models.registry import shapes_of
 from workers.engines.torch.quantise import TARGETS, quantise
+from workers.engines.torch.registry import shapes_of
 from workers.engines.torch.stored_tensors import count_activation_scales
 from workers.engines.torch.tiny import KINDS, write_tiny
 from workers.engines.torch.tiny_files import ENCODINGS, LAYOUTS

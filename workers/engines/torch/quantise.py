@@ -15,7 +15,7 @@ from configs.native_params import HF_INDEX, NATIVE_PARAMS, layout_of_folder
 from protos.contract.errors import ModelError
 from workers.engines.torch.config import parse_config, read_raw_config
 from workers.engines.torch.load_progress import Progress, silent
-from workers.engines.torch.models.registry import shapes_of
+from workers.engines.torch.registry import shapes_of
 from workers.engines.torch.stored_blocks import WHOLE, block_of
 from workers.engines.torch.stored_tensors import (
     NATIVE_INDEX,

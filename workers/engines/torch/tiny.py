@@ -14,7 +14,7 @@ from torch import Tensor
 from configs.native_params import Layout
 from protos.contract.errors import ModelError
 from workers.engines.torch.config import DecoderConfig, parse_config
-from workers.engines.torch.models.registry import shapes_of
+from workers.engines.torch.registry import shapes_of
 from workers.engines.torch.tiny_files import (
     Encoding,
     encode_tensors,

@@ -15,7 +15,7 @@ from protos.contract.errors import ModelError
 from tests.support.torch_models import LogitsProbe, a_runner, an_engine, feed, random_tokens, run_all, tensors_of
 from workers.engine_api.types import EngineRequest, SamplingParams
 from workers.engines.torch.config import read_config
-from workers.engines.torch.models.registry import shapes_of
+from workers.engines.torch.registry import shapes_of
 from workers.engines.torch.tiny import write_tiny
 from workers.engines.torch.tiny_files import ENCODINGS, LAYOUTS, Encoding, is_quantised
 from workers.engines.torch.weights import open_checkpoint

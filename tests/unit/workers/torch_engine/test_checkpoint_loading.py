@@ -18,7 +18,7 @@ from tests.support.torch_models import a_runner
 from workers.engines.torch.config import read_config
 from workers.engines.torch.layers.compressed_experts import CompressedExperts
 from workers.engines.torch.layers.compressed_linear import Fp8Linear
-from workers.engines.torch.models.registry import load_decoder, shapes_of
+from workers.engines.torch.registry import load_decoder, shapes_of
 from workers.engines.torch.tiny import write_tiny
 from workers.engines.torch.weights import open_checkpoint
 

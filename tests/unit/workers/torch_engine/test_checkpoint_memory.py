@@ -24,7 +24,7 @@ PEAK = """
 import re, sys, torch
 from pathlib import Path
 from workers.engines.torch.config import read_config
-from workers.engines.torch.models.registry import load_decoder
+from workers.engines.torch.registry import load_decoder
 from tests.support.torch_models import a_runner
 a_runner(Path(sys.argv[2])).close()
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

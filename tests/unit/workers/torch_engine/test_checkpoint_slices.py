@@ -19,7 +19,7 @@ from workers.engines.torch.layers.compressed_experts import CompressedExperts
 from workers.engines.torch.layers.compressed_linear import COMPRESSED, StackedLinear
 from workers.engines.torch.layers.experts import PlainExperts
 from workers.engines.torch.layers.linear import PlainLinear
-from workers.engines.torch.models.registry import shapes_of
+from workers.engines.torch.registry import shapes_of
 from workers.engines.torch.stored_tensors import Entry, Shards
 from workers.engines.torch.tiny import write_tiny
 from workers.engines.torch.tiny_files import ENCODINGS, LAYOUTS, Encoding

@@ -10,7 +10,7 @@ import pytest
 
 from protos.contract.errors import ModelError
 from workers.engines.torch.config import DenseConfig, Mistral4Config, parse_config, read_config
-from workers.engines.torch.models.registry import shapes_of
+from workers.engines.torch.registry import shapes_of
 
 
 @pytest.fixture
