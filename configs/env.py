@@ -4,6 +4,7 @@
     AUTAN_MODEL_CACHE  imported models                     absolute path, default AUTAN_HOME/models
     AUTAN_ENDPOINT     where commands and clients connect  host:port or unix:///path, default: the local cluster
     AUTAN_API_KEY      key of commands and clients         printable ASCII, default: none
+    AUTAN_NATIVE       native CPU kernels                  on or off; default on where the machine can have them
     AUTAN_LOG_LEVEL    of every process                    debug, info, warning or error; default info
 
 An empty or malformed value raises ConfigError; it is never replaced by the default. Other names are ignored, because
@@ -24,6 +25,7 @@ MODEL_CACHE = "AUTAN_MODEL_CACHE"
 ENDPOINT = "AUTAN_ENDPOINT"
 API_KEY = "AUTAN_API_KEY"
 LOG_LEVEL = "AUTAN_LOG_LEVEL"
+NATIVE = "AUTAN_NATIVE"
 
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -55,6 +57,19 @@ def api_key() -> str | None:
     if value is not None and not (value.isascii() and value.isprintable()):
         raise ConfigError(f"{API_KEY}: a key is printable ASCII; check for a line break or a stray character")
     return value
+
+
+def native_kernels() -> bool:
+    """Whether native CPU kernels may be compiled and used."""
+    value = _value(NATIVE)
+    if value not in (None, "on", "off"):
+        raise ConfigError(f"{NATIVE}: {value!r} is neither on nor off")
+    return value != "off"
+
+
+def kernel_cache_dir() -> Path:
+    """Where compiled kernels are kept. It need not exist yet."""
+    return home_dir() / "kernels"
 
 
 def log_level() -> str:

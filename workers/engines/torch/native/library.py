@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import tempfile
@@ -13,6 +12,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from configs.env import kernel_cache_dir, native_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +46,10 @@ def load_library() -> Library | None:
 
     `AUTAN_NATIVE=off` turns them off.
     """
-    if os.environ.get("AUTAN_NATIVE") == "off":
+    if not native_kernels():
         return None
     missing = _missing_instructions()
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    compiler = shutil.which("g++") or shutil.which("c++")
     if missing or compiler is None:
         reason = f"the CPU has no {', '.join(missing)}" if missing else "there is no C++ compiler"
         logger.info("no native CPU kernels: %s; torch's own operators do the work", reason)
@@ -75,7 +76,7 @@ def _compiled(compiler: str) -> Path:
     digest = hashlib.sha256("\0".join((compiler, *_FLAGS)).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autan" / "native"
+    folder = kernel_cache_dir()
     target = folder / f"kernels-{digest.hexdigest()[:24]}.so"
     if target.is_file():
         return target
