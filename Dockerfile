@@ -4,6 +4,9 @@ FROM python:3.11-slim
 
 ARG TORCH_INDEX=
 
+# The torch engine compiles its CPU kernels with g++ on first use; without it torch's own operators do the work.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+
 RUN useradd --create-home --uid 10001 autan \
  && install -d -o autan -g autan /app /var/lib/autan
 WORKDIR /app

@@ -128,6 +128,22 @@ def test_narrow_steps_of_every_width(kind: str, tmp_path: Path, monkeypatch: pyt
         assert_no_worse(logits_of(native, pieces), logits_of(plain, pieces), wanted, outliers=outliers)
 
 
+@pytest.mark.parametrize("dims", [{}, {"tie_word_embeddings": True, "hidden_size": 72, "intermediate_size": 200}])
+def test_int8_weights_as_they_are_stored(dims: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths that are no multiple of a register, narrow and wide steps, against the same weights decoded."""
+    folder = write_tiny("llama", tmp_path / "model", 8, encoding="int8", **dims)
+    native = a_runner(folder, dtype="bfloat16", block_tokens=16, num_blocks=900, max_batch_tokens=400)
+    assert isinstance(native._decoder, NativeDecoder)
+    exact = a_runner(folder, dtype="float32", block_tokens=16, num_blocks=900, max_batch_tokens=400, weights="decoded")
+    monkeypatch.setattr("workers.engines.torch.native.decoder.load_library", lambda: None)
+    plain = a_runner(folder, dtype="bfloat16", block_tokens=16, num_blocks=900, max_batch_tokens=400, weights="decoded")
+    tokens = random_tokens(3, 330)
+    for widths in ([329], [40, 1], [1], [1] * 2, [1] * 3, [1] * 5, [1] * 33, [1, 1, 150]):
+        pieces = [a_slice(tokens, 0, width, tuple(range(21 * row, 21 * row + 21))) for row, width in enumerate(widths)]
+        seen = [logits_of(runner, pieces).double() for runner in (native, plain, exact)]
+        assert_no_worse(*seen)
+
+
 def test_stale_bytes_behind_a_sequence_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("llama", "mistral-small-4"):
         folder = write_tiny(kind, tmp_path / kind, 7)

@@ -22,6 +22,7 @@ Encoding = Literal["fp32", "bf16", "fp8", "nvfp4", "int8", "int4"]
 
 LAYOUTS: tuple[Layout, ...] = ("hf", "native")
 ENCODINGS: tuple[Encoding, ...] = ("fp32", "bf16", "fp8", "nvfp4", "int8", "int4")
+_BORDERS = ("model.embed_tokens.weight", "lm_head.weight")
 _LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.(.+_proj(?:_with_mqa)?)(\.weight)?")
 _TO_NATIVE_LAYER = {there: here for here, there in NATIVE_LAYER.items()}
 _TO_NATIVE_GLOBAL = {there: here for here, there in NATIVE_GLOBALS.items()}
@@ -31,8 +32,11 @@ _TO_NATIVE_EXPERT = {there: here for here, there in NATIVE_EXPERT.items()}
 def is_quantised(name: str, encoding: Encoding) -> bool:
     """Whether a format stores this weight in fewer bits than bf16: linear layers of the decoder; NVFP4, feed-forward only.
 
-    Embeddings, head, router and norms are never quantised.
+    int8 takes embedding and head along, which are a third of what a small model reads for a token. Otherwise they stay as
+    they are, and so do router and norms in every format.
     """
+    if encoding == "int8" and name in _BORDERS:
+        return True
     match = _LINEAR.fullmatch(name)
     return match is not None and encoding not in ("fp32", "bf16") and (encoding != "nvfp4" or match[1] == "mlp")
 

@@ -47,7 +47,8 @@ def keeps_compressed(kind: str) -> bool:
     """Whether a linear layer of this stored format stays as it is stored in memory; the one place that decides.
 
     All formats of fewer bits do: where the device has no kernel for them, their layers decode a chunk of rows at a time.
-    Embedding, router, norms and the latent heads (`DECODED_SUFFIX`) are used as plain tensors, so `take` decodes them.
+    Embedding, router, norms and the latent heads (`DECODED_SUFFIX`) are used as plain tensors, so `take` decodes them; a head
+    that is tied to a compressed embedding is kept beside it as it is stored.
     """
     return kind in COMPRESSED
 
@@ -126,9 +127,10 @@ class Checkpoint:
 
     def _fused(self, parts: Sequence[tuple[str, slice, slice]]) -> Linear:
         names = [name for name, _, _ in parts]
-        if names == [_EMBEDDING] and self._embedding is not None:
+        blocks = [block_of(self._places[name][0], None, rows, columns) for name, rows, columns in parts]
+        if names == [_EMBEDDING] and self._embedding is not None and not self._keeps(blocks):
             return PlainLinear(self._embedding[parts[0][1], parts[0][2]].contiguous())
-        weight = self._weight([block_of(self._places[name][0], None, rows, columns) for name, rows, columns in parts])
+        weight = self._weight(blocks)
         self._loading.done(*names)
         return weight
 

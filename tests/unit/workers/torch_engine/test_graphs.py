@@ -22,6 +22,7 @@ from workers.engines.torch.models.decoder import Decoder
 from workers.engines.torch.models.dense import DenseDecoder
 from workers.engines.torch.models.expert_forms import with_experts
 from workers.engines.torch.models.mistral4 import Mistral4Decoder
+from workers.engines.torch.native.decoder import NativeDecoder
 from workers.engines.torch.runner import TorchRunner
 from workers.engines.torch.steps import EagerSteps
 
@@ -155,7 +156,9 @@ def forward_without_waits(
 
 def a_gpu_like_decoder(runner: TorchRunner, folder: Path) -> Decoder:
     """The decoder as it is put together for a GPU: attention through torch, grouped experts."""
-    decoder = runner._decoder
+    decoder: Any = runner._decoder
+    if isinstance(decoder, NativeDecoder):
+        decoder = runner._decoder = decoder._torch
     config: Any = read_config(folder)
     if isinstance(decoder, DenseDecoder):
         return DenseDecoder(config, decoder._weights, TorchAttention(), decoder._ranks)

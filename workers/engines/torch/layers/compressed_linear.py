@@ -16,8 +16,6 @@ from torch import Tensor
 from workers.engines.torch.layers.linear import Linear
 from workers.engines.torch.number_formats import CHUNK_VALUES, fp8_decode, fp8_rows, int4_decode, int8_decode, nvfp4_decode
 
-_INT8_ROWS = 32  # with more rows, decoding once and one large product are faster than the int8 product
-_INT8_COLUMNS = 16  # the int8 product reads this many columns at a time, past the end of a narrower row
 _SCALED_MM_COLUMNS = 16
 
 
@@ -50,12 +48,14 @@ def chunked_product(x: Tensor, weight: DecodedByRows) -> Tensor:
 
 
 class Int8Linear:
-    """values: [O, I] int8, scale: [O] fp32, one per output."""
+    """values: [O, I] int8, scale: [O] fp32, one per output.
+
+    torch's own int8 product for CPUs is not used: it faults on some addresses. The native step has its own.
+    """
 
     def __init__(self, values: Tensor, scale: Tensor) -> None:
         self.values = values
         self.scale = scale
-        self._ones: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -78,21 +78,7 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """See Linear."""
-        if (
-            x.dtype is torch.bfloat16
-            and x.device.type == "cpu"
-            and 0 < x.shape[0] <= _INT8_ROWS
-            and self.in_features % _INT8_COLUMNS == 0
-        ):
-            return self._int8_product(x)
         return chunked_product(x, self)
-
-    def _int8_product(self, x: Tensor) -> Tensor:
-        # The operator wants scales in bf16, whose rounding would be an error of a whole row: it gets ones instead.
-        if self._ones is None:
-            self._ones = x.new_ones(self.out_features)
-        unscaled: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.values, self._ones)
-        return torch.mul(unscaled, self.scale).to(x.dtype)
 
 
 class Int4Linear:

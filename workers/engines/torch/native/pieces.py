@@ -14,6 +14,7 @@ from workers.engines.torch.native.program import Code, Program
 BF16, F32, ADDED = 0, 1, 2  # what a product becomes: a bf16 row, an fp32 row, or a sum with an fp32 row
 
 
+_MOST_BYTE_ROWS = 128  # with more, decoding the weight once and one large product are faster
 _MOST_BYTE_COLUMNS = 65_536  # a sum of more products of two bytes may leave 32 bits
 
 
@@ -37,8 +38,13 @@ def add_linear(program: Program, x: Tensor, linear: Linear, out: Tensor, result:
         assert isinstance(linear, PlainLinear)
         weight, scale, transposed = linear.weight, None, linear.weight.t()
 
+    place = len(program)
+
     def wide(batch: ForwardBatch, cache: KvCache, rows: int) -> None:
         if transposed is None:
+            if rows <= _MOST_BYTE_ROWS:
+                program.run_one(place, batch, cache, rows)
+                return
             product = linear(x[:rows])
         elif result == BF16:
             torch.mm(x[:rows], transposed, out=out[:rows])

@@ -6,7 +6,7 @@
 
 #include "dot_product.h"
 
-constexpr int64_t SPLIT_TOKENS = 256;
+constexpr int64_t SPLIT_TOKENS = 128;
 constexpr int MAX_HEAD_TILE = 6;
 
 struct PagedRows {
@@ -82,8 +82,12 @@ static void attend_tile(
     alignas(64) uint32_t pairs[H][SPLIT_TOKENS / 2];
     dot_rows<0>(queries, H, [&](int64_t n) { return keys[n]; }, 0, count, shape.key_dim, StoreF32{&scores[0][0], SPLIT_TOKENS});
     for (int h = 0; h < H; ++h) {
-        float top = -INFINITY;
-        for (int n = 0; n < count; ++n) top = std::fmax(top, scores[h][n]);
+        __m512 highest = _mm512_set1_ps(-INFINITY);
+        for (int n = 0; n < count; n += 16) {
+            const __mmask16 mask = count - n >= 16 ? 0xffff : (1u << (count - n)) - 1u;
+            highest = _mm512_mask_max_ps(highest, mask, highest, _mm512_load_ps(&scores[h][n]));
+        }
+        const float top = _mm512_reduce_max_ps(highest);
         const __m512 offset = _mm512_set1_ps(top), scale = _mm512_set1_ps(shape.scale);
         __m512 total = _mm512_setzero_ps();
         bf16* weights = (bf16*)pairs[h];
@@ -140,7 +144,7 @@ static void attend_split(
 static void merge_splits(const float* max, const float* sum, const float* values, int64_t splits, int64_t step,
                          int64_t value_dim, bf16* out) {
     float top = -INFINITY, total = 0;
-    for (int64_t s = 0; s < splits; ++s) top = std::fmax(top, max[s * step]);
+    for (int64_t s = 0; s < splits; ++s) top = max[s * step] > top ? max[s * step] : top;
     for (int64_t s = 0; s < splits; ++s) total += sum[s * step] * std::exp(max[s * step] - top);
     for (int64_t column = 0; column < value_dim; column += 16) {
         const int rest = value_dim - column < 16 ? (int)(value_dim - column) : 16;

@@ -82,9 +82,10 @@ static inline void dot_strip(const bf16* const* x, Rows w, int64_t first, int64_
 // Rows [0, count) of x, given by pointers, against rows [first, last) of w. The order of additions depends on neither.
 template <int AHEAD, class Rows, class Emit>
 static void dot_rows(const bf16* const* x, int64_t count, Rows w, int64_t first, int64_t last, int64_t depth, const Emit& emit) {
-    if (count == 1) return dot_strip<1, 2, 2 * AHEAD>(x, w, first, last, depth, 0, emit);
-    if (count == 2) return dot_strip<2, 2, 2 * AHEAD>(x, w, first, last, depth, 0, emit);
-    if (count == 3) return dot_strip<3, 2, 2 * AHEAD>(x, w, first, last, depth, 0, emit);
+    // Up to three rows the memory is the limit, and its own prefetching the best.
+    if (count == 1) return dot_strip<1, 2, 0>(x, w, first, last, depth, 0, emit);
+    if (count == 2) return dot_strip<2, 2, 0>(x, w, first, last, depth, 0, emit);
+    if (count == 3) return dot_strip<3, 2, 0>(x, w, first, last, depth, 0, emit);
     // Four rows of w stay in the first-level cache while all rows of x pass over them.
     for (int64_t n = first; n < last; n += 4) {
         const int64_t end = n + 4 < last ? n + 4 : last;
@@ -112,31 +113,41 @@ struct ByteRow {
 };
 
 // The instruction multiplies unsigned by signed bytes, so weights are read as w + 128 and 128 * sum(x) is taken off again.
-template <int MR, class Emit>
+template <int MR, int G, class Emit>
 static inline void byte_tile(
     const ByteRow* x, const int8_t* w, const float* scale, int64_t n, int valid, int64_t depth, int64_t m, const Emit& emit) {
-    __m512i high[MR][4], low[MR][4];
+    constexpr int NR = 4 * G;
+    __m512i high[MR][NR], low[MR][NR];
     UNROLL for (int i = 0; i < MR; ++i)
-        UNROLL for (int j = 0; j < 4; ++j) high[i][j] = low[i][j] = _mm512_setzero_si512();
-    const int8_t* row[4];
-    for (int j = 0; j < 4; ++j) row[j] = w + (n + (j < valid ? j : valid - 1)) * depth;
+        UNROLL for (int j = 0; j < NR; ++j) high[i][j] = low[i][j] = _mm512_setzero_si512();
+    const int8_t* row[NR];
+    UNROLL for (int j = 0; j < NR; ++j) row[j] = w + (n + (j < valid ? j : valid - 1)) * depth;
     const __m512i flip = _mm512_set1_epi8((char)0x80);
-    for (int64_t k = 0; k < depth; k += 64) {
-        const __mmask64 mask = depth - k >= 64 ? ~0ull : (1ull << (depth - k)) - 1ull;
-        UNROLL for (int j = 0; j < 4; ++j) {
-            const __m512i weight = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, row[j] + k), flip);
-            UNROLL for (int i = 0; i < MR; ++i) {
-                high[i][j] = _mm512_dpbusd_epi32(high[i][j], weight, _mm512_loadu_si512(x[i].high + k));
-                low[i][j] = _mm512_dpbusd_epi32(low[i][j], weight, _mm512_loadu_si512(x[i].low + k));
-            }
+    const auto multiply = [&](int64_t k, __m512i raw, int j) {
+        const __m512i weight = _mm512_xor_si512(raw, flip);
+        UNROLL for (int i = 0; i < MR; ++i) {
+            high[i][j] = _mm512_dpbusd_epi32(high[i][j], weight, _mm512_loadu_si512(x[i].high + k));
+            low[i][j] = _mm512_dpbusd_epi32(low[i][j], weight, _mm512_loadu_si512(x[i].low + k));
         }
+    };
+    int64_t k = 0;
+    for (; k + 64 <= depth; k += 64)
+        UNROLL for (int j = 0; j < NR; ++j) multiply(k, _mm512_loadu_si512(row[j] + k), j);
+    if (k < depth) {
+        const __mmask64 mask = (1ull << (depth - k)) - 1ull;
+        UNROLL for (int j = 0; j < NR; ++j) multiply(k, _mm512_maskz_loadu_epi8(mask, row[j] + k), j);
     }
-    const __m128 scales = _mm_maskz_loadu_ps((1u << valid) - 1u, scale + n);
-    UNROLL for (int i = 0; i < MR; ++i) {
-        const __m128i h = _mm_sub_epi32(sum4(high[i][0], high[i][1], high[i][2], high[i][3]), _mm_set1_epi32(128 * x[i].high_sum));
-        const __m128i l = _mm_sub_epi32(sum4(low[i][0], low[i][1], low[i][2], low[i][3]), _mm_set1_epi32(128 * x[i].low_sum));
-        const __m128 sum = _mm_fmadd_ps(_mm_cvtepi32_ps(h), _mm_set1_ps(256.0f), _mm_cvtepi32_ps(l));
-        emit(m + i, n, _mm_mul_ps(_mm_mul_ps(sum, scales), _mm_set1_ps(x[i].step)), valid);
+    UNROLL for (int g = 0; g < G; ++g) {
+        const int count = valid - 4 * g < 4 ? valid - 4 * g : 4;
+        if (count <= 0) continue;
+        const __m128 scales = _mm_maskz_loadu_ps((1u << count) - 1u, scale + n + 4 * g);
+        UNROLL for (int i = 0; i < MR; ++i) {
+            const __m512i *h = high[i] + 4 * g, *l = low[i] + 4 * g;
+            const __m128i above = _mm_sub_epi32(sum4(h[0], h[1], h[2], h[3]), _mm_set1_epi32(128 * x[i].high_sum));
+            const __m128i below = _mm_sub_epi32(sum4(l[0], l[1], l[2], l[3]), _mm_set1_epi32(128 * x[i].low_sum));
+            const __m128 sum = _mm_fmadd_ps(_mm_cvtepi32_ps(above), _mm_set1_ps(256.0f), _mm_cvtepi32_ps(below));
+            emit(m + i, n + 4 * g, _mm_mul_ps(_mm_mul_ps(sum, scales), _mm_set1_ps(x[i].step)), count);
+        }
     }
 }
 
@@ -145,11 +156,13 @@ template <class Emit>
 static void byte_rows(
     const ByteRow* x, int64_t count, const int8_t* w, const float* scale, int64_t first, int64_t last, int64_t depth,
     const Emit& emit) {
+    constexpr int64_t AHEAD = 8;  // rows; rows of bytes are too short for the memory's own prefetching
     for (int64_t n = first; n < last; n += 4) {
         const int valid = last - n < 4 ? (int)(last - n) : 4;
+        for (int64_t k = 0; k < 4 * depth; k += 64) _mm_prefetch((const char*)w + (n + AHEAD) * depth + k, _MM_HINT_T0);
         int64_t m = 0;
-        for (; count - m >= 3; m += 3) byte_tile<3>(x + m, w, scale, n, valid, depth, m, emit);
-        if (count - m == 2) byte_tile<2>(x + m, w, scale, n, valid, depth, m, emit);
-        else if (count - m == 1) byte_tile<1>(x + m, w, scale, n, valid, depth, m, emit);
+        for (; count - m >= 3; m += 3) byte_tile<3, 1>(x + m, w, scale, n, valid, depth, m, emit);
+        if (count - m == 2) byte_tile<2, 1>(x + m, w, scale, n, valid, depth, m, emit);
+        else if (count - m == 1) byte_tile<1, 1>(x + m, w, scale, n, valid, depth, m, emit);
     }
 }

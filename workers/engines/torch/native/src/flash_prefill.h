@@ -119,7 +119,7 @@ static inline void flash_block(const FlashTile& t, const FlashLayout& layout, in
             UNROLL for (int j = 0; j < 4; ++j) score[i][j] = _mm512_mask_mov_ps(lowest, (__mmask16)(seen >> (16 * j)), score[i][j]);
         }
         const __m512 top = _mm512_max_ps(_mm512_max_ps(score[i][0], score[i][1]), _mm512_max_ps(score[i][2], score[i][3]));
-        const float highest = std::fmax(max[i], _mm512_reduce_max_ps(top));
+        const float highest = [](float a, float b) { return a > b ? a : b; }(max[i], _mm512_reduce_max_ps(top));
         const __m512 offset = _mm512_set1_ps(highest == -INFINITY ? 0.0f : highest);
         __m512 total = _mm512_setzero_ps();
         UNROLL for (int j = 0; j < 4; ++j) {

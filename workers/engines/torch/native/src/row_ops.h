@@ -99,7 +99,7 @@ static inline ByteRow quantise_row(const bf16* x, int64_t width, int8_t* planes)
 // Softmax over the experts, the k most likely of them (the lower id first among equals), weights as the rule says.
 static inline void route_row(float* scores, int64_t experts, int64_t k, bool renormalise, float factor, int32_t* chosen, float* weights) {
     float top = scores[0], total = 0;
-    for (int64_t e = 1; e < experts; ++e) top = std::fmax(top, scores[e]);
+    for (int64_t e = 1; e < experts; ++e) top = scores[e] > top ? scores[e] : top;
     for (int64_t e = 0; e < experts; ++e) total += scores[e] = std::exp(scores[e] - top);
     float kept = 0;
     for (int64_t i = 0; i < k; ++i) {
