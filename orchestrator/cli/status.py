@@ -42,12 +42,14 @@ def instance_json(one: admin.InstanceStatus) -> dict[str, Any]:
             "leaked": one.stats.leaked_blocks,
         },
         "counters": counters(one.stats),
+        "expert_visits": list(one.stats.expert_visits),
     }
 
 
 def counters(stats: common.InstanceStats) -> dict[str, int]:
-    """Everything that a worker reports, by field name."""
-    return {field.name: int(getattr(stats, field.name)) for field in stats.DESCRIPTOR.fields}
+    """Every single number that a worker reports, by field name."""
+    fields = (field.name for field in stats.DESCRIPTOR.fields if not field.is_repeated)
+    return {name: int(getattr(stats, name)) for name in fields}
 
 
 def status_json(reply: admin.StatusReply) -> dict[str, Any]:

@@ -106,6 +106,13 @@ def test_random_batches(kind: str, dims: dict[str, Any], tmp_path: Path, monkeyp
             done[int(piece.request_id)] = piece.start + piece.count
     native, plain, wanted = (torch.cat(part) for part in zip(*seen, strict=True))
     assert len(wanted) > 40
+    if kind == "mistral-small-4":
+        visits = runners[0].expert_visits()
+        config: Any = read_config(folder)
+        mixtures = config.num_layers - config.num_dense_layers
+        assert sum(visits) == sum(lengths) * config.num_experts_per_token * mixtures
+        assert sum(runners[1].expert_visits()) == sum(visits)
+        assert len(visits) == config.num_experts
     assert_no_worse(native, plain, wanted, outliers=len(wanted) // 10 if kind == "mistral-small-4" else 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from protos.contract.errors import RequestError
 from workers.batching.ledger import BlockLedger
@@ -22,7 +23,7 @@ class Counters:
     decode_tokens: int = 0
     preemptions: int = 0
 
-    def stats(self, **gauges: int) -> EngineStats:
+    def stats(self, **gauges: Any) -> EngineStats:
         """The counters together with these gauges."""
         return EngineStats(**asdict(self), **gauges)
 

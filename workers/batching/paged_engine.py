@@ -206,6 +206,7 @@ class PagedEngine:
                 holding=sum(s.state is SequenceState.HELD for s in sequences),
                 importing=sum(s.state is SequenceState.IMPORTING for s in sequences),
                 leaked_blocks=self._ledger.leaked(sequences),
+                expert_visits=self._runner.expert_visits(),
             )
 
     def drain_cache_events(self) -> tuple[CacheEvent, ...]:

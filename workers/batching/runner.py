@@ -65,6 +65,10 @@ class Runner(Protocol):
         """One forward pass; the result has the order of the batch. Raises only when the device itself is lost."""
         ...
 
+    def expert_visits(self) -> tuple[int, ...]:
+        """Rows that each routed expert was chosen for since the start, over all layers; empty without experts. Any thread."""
+        ...
+
     def read_block(self, block_id: int, group: int) -> memoryview:
         """The bytes of one layer group; see Engine.export_kv."""
         ...

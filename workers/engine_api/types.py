@@ -211,6 +211,7 @@ class EngineStats:
     decode_tokens: int = 0
     preemptions: int = 0
     leaked_blocks: int = 0  # referenced blocks that no sequence owns; 0 or a bug
+    expert_visits: tuple[int, ...] = ()  # rows that each routed expert was chosen for, over all layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,4 +69,5 @@ def stats_of(stats: EngineStats, counters: TransferCounters, overdue_blocks: int
         stale_refused=counters.stale_refused,
         leaked_blocks=stats.leaked_blocks + overdue_blocks,
         unacked_tokens=unacked_tokens,
+        expert_visits=stats.expert_visits,
     )

@@ -69,6 +69,10 @@ class OracleRunner:
         self._charge(batch, started_s)
         return drawn
 
+    def expert_visits(self) -> tuple[int, ...]:
+        """None: there are no experts."""
+        return ()
+
     def read_block(self, block_id: int, group: int) -> memoryview:
         start, size = self._span(block_id, group)
         return self._bytes[start : start + size].toreadonly()

@@ -125,6 +125,10 @@ class GroupRunner:
         """See Runner.run. Raises EngineFailure when a rank is lost."""
         return self._inner.run(batch)
 
+    def expert_visits(self) -> tuple[int, ...]:
+        """See Runner.expert_visits; every rank routes all rows."""
+        return self._inner.expert_visits()
+
     def read_block(self, block_id: int, group: int) -> memoryview:
         """See Runner.read_block. Raises EngineFailure when a rank is lost."""
         own = self._inner.read_block(block_id, group)

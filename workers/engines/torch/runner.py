@@ -81,6 +81,10 @@ class TorchRunner:
                     results[index] = token
         return results
 
+    def expert_visits(self) -> tuple[int, ...]:
+        """See Runner.expert_visits."""
+        return self._decoder.expert_visits()
+
     def read_block(self, block_id: int, group: int) -> memoryview:
         """See Runner.read_block."""
         return self._cache.read(block_id, group)

@@ -23,6 +23,7 @@ class MoeWeights:
     router: Tensor
     experts: Experts
     shared: MlpWeights
+    visits: Tensor | None = None  # [E] int64: rows that each expert was chosen for since the start, in place
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,4 +61,6 @@ def moe(x: Tensor, weights: MoeWeights, rule: MoeRule) -> Tensor:
     if x.shape[0] > CHUNK_ROWS:
         return torch.cat([moe(rows, weights, rule) for rows in torch.split(x, CHUNK_ROWS)])
     row_weights, chosen = route(x, weights.router, rule)
+    if weights.visits is not None:
+        weights.visits.index_add_(0, chosen.flatten(), torch.ones_like(chosen, dtype=torch.int64).flatten())
     return weights.experts(x, chosen, row_weights) + mlp(x, weights.shared)

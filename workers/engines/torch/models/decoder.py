@@ -20,6 +20,13 @@ class Decoder(Protocol):
         """Writes the KV rows of the batch and returns fp32 logits of its sample rows, [S, vocabulary], on every rank."""
         ...
 
+    def expert_visits(self) -> tuple[int, ...]:
+        """Rows that each routed expert was chosen for since the start, over all layers; empty for a dense model.
+
+        Padding rows of graphs and fixed passes are counted. May be called from any thread.
+        """
+        ...
+
 
 def logits_of(x: Tensor, batch: ForwardBatch, norm: Tensor, eps: float, head: Linear, ranks: Ranks) -> Tensor:
     """Final norm and head of the sample rows, [S, vocabulary], fp32."""

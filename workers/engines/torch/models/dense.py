@@ -30,6 +30,10 @@ class DenseDecoder:
         self._num_kv_heads = held.stop - held.start
         self._inverse_frequencies = inverse_frequencies(config.rope).to(weights.embedding.device)
 
+    def expert_visits(self) -> tuple[int, ...]:
+        """See Decoder.expert_visits."""
+        return ()
+
     def forward(self, batch: ForwardBatch, cache: KvCache) -> Tensor:
         """See Decoder.forward."""
         config, ranks = self._config, self._ranks

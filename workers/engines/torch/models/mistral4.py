@@ -38,6 +38,10 @@ class Mistral4Decoder:
         )
         self._inverse_frequencies = inverse_frequencies(config.rope).to(weights.embedding.device)
 
+    def expert_visits(self) -> tuple[int, ...]:
+        """See Decoder.expert_visits."""
+        return self._weights.expert_visits()
+
     def forward(self, batch: ForwardBatch, cache: KvCache) -> Tensor:
         """See Decoder.forward."""
         config, ranks = self._config, self._ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from workers.engines.torch.config import Mistral4Config
@@ -58,6 +59,12 @@ class Mistral4Weights:
     layers: tuple[Mistral4Layer, ...]
     norm: Tensor
     head: Linear
+
+    def expert_visits(self) -> tuple[int, ...]:
+        """Rows that each expert was chosen for since the start, over all layers."""
+        counts = [feed.visits for layer in self.layers if isinstance(feed := layer.feed_forward, MoeWeights)]
+        kept = [count for count in counts if count is not None]
+        return tuple(torch.stack(kept).sum(0).tolist()) if kept else ()
 
 
 def mistral4_shapes(config: Mistral4Config) -> Shapes:
@@ -156,8 +163,10 @@ def _load_feed_forward(
     if dense:
         return load_mlp(checkpoint, prefix, share(config.intermediate_size, ranks, "intermediate_size"))
     shared = share(config.moe_intermediate_size * config.num_shared_experts, ranks, "moe_intermediate_size")
+    router = checkpoint.take(prefix + "gate.weight")
     return MoeWeights(
-        router=checkpoint.take(prefix + "gate.weight"),
+        router=router,
         experts=checkpoint.experts(prefix + "experts.", share(config.num_experts, ranks, "n_routed_experts")),
         shared=load_mlp(checkpoint, prefix + "shared_experts.", shared),
+        visits=torch.zeros(config.num_experts, dtype=torch.int64, device=router.device),
     )

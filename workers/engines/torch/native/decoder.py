@@ -44,6 +44,10 @@ class NativeDecoder:
         self._torch = torch_decoder
         self._max_rows = max_rows
 
+    def expert_visits(self) -> tuple[int, ...]:
+        """See Decoder.expert_visits."""
+        return self._torch.expert_visits()
+
     def forward(self, batch: ForwardBatch, cache: KvCache) -> Tensor:
         """See Decoder.forward. A batch beyond the buffers goes to the torch decoder."""
         rows = batch.token_ids.shape[0]

@@ -125,7 +125,7 @@ class Mistral4Program:
 
         program.add(
             Code.EXPERTS, self._normed, self._chosen, self._shares, per_token, held.gate_up, held.down, held.count,
-            config.hidden_size, config.moe_intermediate_size, self._x,
+            config.hidden_size, config.moe_intermediate_size, self._x, feed.visits,
         )  # fmt: skip
 
     def _attention(self, program: Program, index: int, layer: Mistral4Layer, cache: KvCache) -> None:

@@ -32,7 +32,7 @@ static void visit_experts(const ExpertScratch& scratch, int64_t experts, const I
     }
 }
 
-// [x, chosen, weights, k, gate_up [E][2F][H], down [E][H][F], E, H, F, residual]
+// [x, chosen, weights, k, gate_up [E][2F][H], down [E][H][F], E, H, F, residual, visits or 0]
 // Adds the weighted sum of a row's experts, in the order of their ranking, to its fp32 residual.
 inline void experts(const Op& op, const Batch& batch, const Team& team) {
     static ExpertScratch scratch;  // one decode step at a time per process
@@ -41,7 +41,10 @@ inline void experts(const Op& op, const Batch& batch, const Team& team) {
     if (team.id == 0) {
         scratch.first.assign(experts + 1, 0);
         for (int64_t i = 0; i < visits; ++i) ++scratch.first[chosen[i] + 1];
-        for (int64_t e = 0; e < experts; ++e) scratch.first[e + 1] += scratch.first[e];
+        for (int64_t e = 0; e < experts; ++e) {
+            if (op.v[10]) op.at<int64_t>(10)[e] += scratch.first[e + 1];
+            scratch.first[e + 1] += scratch.first[e];
+        }
         scratch.visits.resize(visits);
         std::vector<int64_t> next(scratch.first.begin(), scratch.first.end() - 1);
         for (int64_t i = 0; i < visits; ++i) scratch.visits[next[chosen[i]]++] = i;
