@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import shutil
@@ -72,7 +73,7 @@ def _missing_instructions() -> list[str]:
 
 
 def _compiled(compiler: str) -> Path:
-    """The shared object of these sources; compiled beside it and moved in place, so that several workers may race."""
+    """The shared object of these sources. Of several workers that start at once one compiles and the others wait for it."""
     digest = hashlib.sha256("\0".join((compiler, *_FLAGS)).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
@@ -81,8 +82,11 @@ def _compiled(compiler: str) -> Path:
     if target.is_file():
         return target
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    logger.info("compiling the native CPU kernels (some seconds, once)")
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with (folder / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_file():
+            return target
+        logger.info("compiling the native CPU kernels (some seconds, once)")
         made = Path(scratch) / "kernels.so"
         command = [compiler, *_FLAGS, str(_SOURCES / "autan_native.cpp"), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)

@@ -6,6 +6,8 @@
 
 #include <omp.h>
 
+#include <mutex>
+
 namespace {
 
 // [x, table, width]: fp32 residual rows from the bf16 embedding.
@@ -162,7 +164,7 @@ void run(const Op& op, const Batch& batch, const Team& team) {
 void attend(const Op& op, const Batch& batch, const Team& team) {
     const DecodeShape shape{op.v[3], op.v[2], op.v[4], op.v[5], op.v[6], op.v[7], op.v[8], op.v[9], op.number(10), op.v[11]};
     const PagedRows paged{batch.pool + op.v[12], op.v[14], op.v[13], op.v[15]};
-    static std::vector<float> max, sum, values;  // one decode step at a time per process: see run_program
+    static std::vector<float> max, sum, values;  // one call at a time: see autan_run_program
     static std::vector<int64_t> first_task;
     const int64_t heads = shape.groups * shape.heads;
     if (team.id == 0) {
@@ -199,8 +201,10 @@ void attend(const Op& op, const Batch& batch, const Team& team) {
 
 extern "C" {
 
-// Runs the operations in order with so many threads. Not re-entrant: one decode step at a time per process.
+// Runs the operations in order with so many threads. One call at a time works: the others wait, as scratch is shared.
 void autan_run_program(const Op* ops, int64_t count, const Batch* batch, int64_t threads) {
+    static std::mutex one_at_a_time;
+    const std::lock_guard<std::mutex> alone(one_at_a_time);
     Barrier barrier;
     barrier.threads = (int)threads;
 #pragma omp parallel num_threads((int)threads)

@@ -35,7 +35,7 @@ static void visit_experts(const ExpertScratch& scratch, int64_t experts, const I
 // [x, chosen, weights, k, gate_up [E][2F][H], down [E][H][F], E, H, F, residual, visits or 0]
 // Adds the weighted sum of a row's experts, in the order of their ranking, to its fp32 residual.
 inline void experts(const Op& op, const Batch& batch, const Team& team) {
-    static ExpertScratch scratch;  // one decode step at a time per process
+    static ExpertScratch scratch;  // one call at a time: see autan_run_program
     const int64_t k = op.v[3], experts = op.v[6], hidden = op.v[7], width = op.v[8], visits = batch.rows * k;
     const int32_t* chosen = op.at<int32_t>(1);
     if (team.id == 0) {
