@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,24 @@ def test_int8_weights_as_they_are_stored(dims: dict[str, Any], tmp_path: Path, m
         pieces = [a_slice(tokens, 0, width, tuple(range(21 * row, 21 * row + 21))) for row, width in enumerate(widths)]
         seen = [logits_of(runner, pieces).double() for runner in (native, plain, exact)]
         assert_no_worse(*seen)
+
+
+def test_two_engines_of_one_process_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Steps from two threads at once give the bits that they give one after the other."""
+    folder = write_tiny("mistral-small-4", tmp_path / "model", 9)
+    runners = [a_runner(folder, dtype="bfloat16", block_tokens=16, num_blocks=64) for _ in range(2)]
+    prompts = [random_tokens(seed, 200) for seed in (1, 2)]
+
+    def steps(index: int) -> list[Tensor]:
+        runner, tokens, table = runners[index], prompts[index], tuple(range(13))
+        first = logits_of(runner, [a_slice(tokens, 0, 60, table)])
+        return [first, *(logits_of(runner, [a_slice(tokens, at, 1, table)]) for at in range(60, 200))]
+
+    alone = [steps(0), steps(1)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(steps, (0, 1)))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_stale_bytes_behind_a_sequence_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
