@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from workers.engines.torch.layers.experts import visit_sorted
 from workers.engines.torch.layers.linear import Linear
 from workers.engines.torch.layers.mlp import gated_silu
 
@@ -22,17 +22,8 @@ class CompressedExperts:
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """See Experts. An expert's weights are decoded once for all rows that visit it."""
-        per_token = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)
-        rows = order.div(per_token, rounding_mode="floor")
-        counts = torch.bincount(chosen.flatten(), minlength=self.first + self.count).tolist()
-        sorted_x = x.index_select(0, rows)
-        outputs = torch.zeros_like(sorted_x)
-        start = sum(counts[: self.first])
-        for expert, count in enumerate(counts[self.first : self.first + self.count]):
-            if count:
-                inner = gated_silu(self.gate_up[expert](sorted_x[start : start + count]))
-                outputs[order[start : start + count]] = self.down[expert](inner)
-                start += count
-        per_rank = outputs.view(x.shape[0], per_token, -1)
-        return (per_rank * weights.to(x.dtype)[..., None]).sum(1)
+
+        def compute(expert: int, rows: Tensor) -> Tensor:
+            return self.down[expert](gated_silu(self.gate_up[expert](rows)))
+
+        return visit_sorted(x, chosen, weights, self.first, self.count, compute)

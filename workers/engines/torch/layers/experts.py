@@ -6,6 +6,7 @@ here, and the sum over ranks is the result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -44,17 +45,27 @@ class PlainExperts:
 
     def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """See Experts. Each row sums its own k outputs in the order of its ranking, whatever shares its batch."""
-        per_token = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)
-        rows = order.div(per_token, rounding_mode="floor")
-        counts = torch.bincount(chosen.flatten(), minlength=self.first + self.count).tolist()
-        sorted_x = x.index_select(0, rows)
-        outputs = torch.zeros_like(sorted_x)
-        start = sum(counts[: self.first])
-        for expert, count in enumerate(counts[self.first : self.first + self.count]):
-            if count:
-                inner = gated_silu(F.linear(sorted_x[start : start + count], self.gate_up[expert]))
-                outputs[order[start : start + count]] = F.linear(inner, self.down[expert])
-                start += count
-        per_rank = outputs.view(x.shape[0], per_token, -1)
-        return (per_rank * weights.to(x.dtype)[..., None]).sum(1)
+
+        def compute(expert: int, rows: Tensor) -> Tensor:
+            return F.linear(gated_silu(F.linear(rows, self.gate_up[expert])), self.down[expert])
+
+        return visit_sorted(x, chosen, weights, self.first, self.count, compute)
+
+
+def visit_sorted(
+    x: Tensor, chosen: Tensor, weights: Tensor, first: int, count: int, compute: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """The weighted sum of Experts through `compute(expert held here from 0, its rows)`, called once for each visited expert."""
+    per_token = chosen.shape[1]
+    order = chosen.flatten().argsort(stable=True)
+    rows = order.div(per_token, rounding_mode="floor")
+    counts = torch.bincount(chosen.flatten(), minlength=first + count).tolist()
+    sorted_x = x.index_select(0, rows)
+    outputs = torch.zeros_like(sorted_x)
+    start = sum(counts[:first])
+    for expert, visits in enumerate(counts[first : first + count]):
+        if visits:
+            outputs[order[start : start + visits]] = compute(expert, sorted_x[start : start + visits])
+            start += visits
+    per_rank = outputs.view(x.shape[0], per_token, -1)
+    return (per_rank * weights.to(x.dtype)[..., None]).sum(1)
