@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -16,24 +14,9 @@ from workers.engines.torch.models.mistral4_weights import Mistral4Weights
 from workers.engines.torch.native.dense_program import DenseProgram
 from workers.engines.torch.native.library import load_library
 from workers.engines.torch.native.mistral4_program import Mistral4Program
+from workers.engines.torch.native.passes import Passes
 
 NARROW_ROWS = 64  # above, torch's matrix products are faster than those of the native step
-
-
-class Passes(Protocol):
-    """The three programs of a model."""
-
-    def layers(self, batch: ForwardBatch, cache: KvCache, *, narrow: bool) -> None:
-        """From token ids to the residual rows; KV rows are stored."""
-        ...
-
-    def select(self, rows: Tensor) -> None:
-        """Moves these residual rows to the front."""
-        ...
-
-    def head(self, batch: ForwardBatch, cache: KvCache, rows: int, *, narrow: bool) -> Tensor:
-        """Logits of the first `rows` residual rows, [rows, vocabulary] fp32; the next call overwrites them."""
-        ...
 
 
 class NativeDecoder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, bfloat16, float32
+from torch import bfloat16, float32
 
 from workers.engines.torch.config import DenseConfig
 from workers.engines.torch.forward_batch import ForwardBatch
@@ -10,13 +10,14 @@ from workers.engines.torch.kv_cache import KvCache
 from workers.engines.torch.layers.rope import inverse_frequencies
 from workers.engines.torch.models.dense_weights import DenseLayer, DenseWeights
 from workers.engines.torch.native.library import Library
-from workers.engines.torch.native.pieces import ADDED, BF16, F32, add_linear, add_mlp, add_norm, is_supported
+from workers.engines.torch.native.passes import Passes
+from workers.engines.torch.native.pieces import ADDED, BF16, add_linear, add_mlp, add_norm, is_supported
 from workers.engines.torch.native.prefill import FlashPrefill
-from workers.engines.torch.native.program import Buffers, Code, Program
+from workers.engines.torch.native.program import Code, Program
 
 
-class DenseProgram:
-    """Implements Passes. The layout of the pool is learnt from the first batch."""
+class DenseProgram(Passes):
+    """See Passes."""
 
     @classmethod
     def of(cls, config: DenseConfig, weights: DenseWeights, library: Library, max_rows: int) -> DenseProgram | None:
@@ -29,47 +30,18 @@ class DenseProgram:
         return cls(config, weights, library, max_rows)
 
     def __init__(self, config: DenseConfig, weights: DenseWeights, library: Library, max_rows: int) -> None:
+        super().__init__(library, max_rows, weights.norm, config.rms_norm_eps, weights.head)
         self._config = config
         self._weights = weights
-        self._library = library
         self._flash = FlashPrefill(library)
         self._inverse = inverse_frequencies(config.rope)
-        buffers = Buffers(max_rows)
+        buffers = self._buffers
         first = weights.layers[0]
         inner = first.mlp.gate_up.out_features
-        self._x = buffers.of(config.hidden_size, float32)
-        self._normed = buffers.of(config.hidden_size, bfloat16)
         self._qkv = buffers.of(first.qkv.out_features, bfloat16)
         self._attended = buffers.of(config.num_heads * config.head_dim, bfloat16)
         self._inner = (buffers.of(inner, bfloat16), buffers.of(inner // 2, bfloat16))
         self._tables = buffers.of(config.head_dim, float32)
-        self._logits = Buffers(max_rows).of(config.vocab_size, float32)
-        self._layers: Program | None = None
-        self._head = Program(library)
-        add_norm(self._head, self._x, weights.norm, self._normed, config.rms_norm_eps)
-        add_linear(self._head, self._normed, weights.head, self._logits, F32)
-
-    def layers(self, batch: ForwardBatch, cache: KvCache, *, narrow: bool) -> None:
-        """See Passes."""
-        program = self._layers
-        if program is None:
-            program = self._layers = self._record(cache)
-        if narrow:
-            program.run_narrow(batch, cache)
-        else:
-            program.run_wide(batch, cache, batch.token_ids.shape[0])
-
-    def select(self, rows: Tensor) -> None:
-        """See Passes."""
-        self._x[: rows.shape[0]] = self._x.index_select(0, rows)
-
-    def head(self, batch: ForwardBatch, cache: KvCache, rows: int, *, narrow: bool) -> Tensor:
-        """See Passes."""
-        if narrow and rows == batch.token_ids.shape[0]:
-            self._head.run_narrow(batch, cache)
-        else:
-            self._head.run_wide(batch, cache, rows)
-        return self._logits[:rows]
 
     def _record(self, cache: KvCache) -> Program:
         config, program = self._config, Program(self._library)

@@ -15,15 +15,16 @@ from workers.engines.torch.layers.moe import MoeWeights
 from workers.engines.torch.layers.rope import inverse_frequencies
 from workers.engines.torch.models.mistral4_weights import LatentAttention, Mistral4Layer, Mistral4Weights
 from workers.engines.torch.native.library import Library
+from workers.engines.torch.native.passes import Passes
 from workers.engines.torch.native.pieces import ADDED, BF16, F32, add_linear, add_mlp, add_norm, is_supported
 from workers.engines.torch.native.prefill import FlashPrefill
-from workers.engines.torch.native.program import Buffers, Code, Program
+from workers.engines.torch.native.program import Code, Program
 
 _LATENT_NORM_EPS = 1e-6  # of the norms inside the attention; the configuration has no key for it
 
 
-class Mistral4Program:
-    """Implements Passes. The layout of the pool is learnt from the first batch."""
+class Mistral4Program(Passes):
+    """See Passes."""
 
     @classmethod
     def of(cls, config: Mistral4Config, weights: Mistral4Weights, library: Library, max_rows: int) -> Mistral4Program | None:
@@ -44,16 +45,13 @@ class Mistral4Program:
 
     def __init__(self, config: Mistral4Config, weights: Mistral4Weights, library: Library, max_rows: int) -> None:
         assert config.q_lora_rank is not None
+        super().__init__(library, max_rows, weights.norm, config.rms_norm_eps, weights.head)
         self._config = config
         self._weights = weights
-        self._library = library
         self._query_rank = config.q_lora_rank
         self._flash = FlashPrefill(library)
         self._inverse = inverse_frequencies(config.rope)
-        buffers, heads = Buffers(max_rows), config.num_heads
-        self._buffers = buffers
-        self._x = buffers.of(config.hidden_size, float32)
-        self._normed = buffers.of(config.hidden_size, bfloat16)
+        buffers, heads = self._buffers, config.num_heads
         self._down = buffers.of(self._query_rank + config.kv_row_values, bfloat16)
         self._latent_q = buffers.of(self._query_rank, bfloat16)
         self._q = buffers.of(heads * config.qk_head_dim, bfloat16)
@@ -65,33 +63,6 @@ class Mistral4Program:
         self._chosen = buffers.of(config.num_experts_per_token, torch.int32)
         self._shares = buffers.of(config.num_experts_per_token, float32)
         self._inner: dict[int, tuple[Tensor, Tensor]] = {}
-        self._logits = buffers.of(config.vocab_size, float32)
-        self._layers: Program | None = None
-        self._head = Program(library)
-        add_norm(self._head, self._x, weights.norm, self._normed, config.rms_norm_eps)
-        add_linear(self._head, self._normed, weights.head, self._logits, F32)
-
-    def layers(self, batch: ForwardBatch, cache: KvCache, *, narrow: bool) -> None:
-        """See Passes."""
-        program = self._layers
-        if program is None:
-            program = self._layers = self._record(cache)
-        if narrow:
-            program.run_narrow(batch, cache)
-        else:
-            program.run_wide(batch, cache, batch.token_ids.shape[0])
-
-    def select(self, rows: Tensor) -> None:
-        """See Passes."""
-        self._x[: rows.shape[0]] = self._x.index_select(0, rows)
-
-    def head(self, batch: ForwardBatch, cache: KvCache, rows: int, *, narrow: bool) -> Tensor:
-        """See Passes."""
-        if narrow and rows == batch.token_ids.shape[0]:
-            self._head.run_narrow(batch, cache)
-        else:
-            self._head.run_wide(batch, cache, rows)
-        return self._logits[:rows]
 
     def _record(self, cache: KvCache) -> Program:
         config, program = self._config, Program(self._library)
