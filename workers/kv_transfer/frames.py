@@ -13,19 +13,19 @@ from dataclasses import dataclass
 import xxhash
 
 from protos.contract.errors import BadFrame, DigestMismatch
-from protos.wire import kv
 from workers.engine_api.types import KvLayout
 from workers.kv_transfer.digest import DIGEST_BYTES, DigestScope
+from workers.kv_transfer.push_codec import DataFrame
 
 
-def split(block_index: int, group: int, data: memoryview, digest: bytes, frame_bytes: int) -> Iterator[kv.BlockFrame]:
-    """The frames of one layer group, in order; the digest is in the last one. Each payload is at most `frame_bytes`."""
+def split(block_index: int, group: int, data: memoryview, digest: bytes, frame_bytes: int) -> Iterator[DataFrame]:
+    """The frames of one layer group, in order; the digest is in the last one. A payload is a view of at most `frame_bytes`."""
     view = data.cast("B") if data.format != "B" or data.ndim != 1 else data
     total = len(view)
     for offset in range(0, total, frame_bytes):
-        payload = bytes(view[offset : offset + frame_bytes])
+        payload = view[offset : offset + frame_bytes]
         last = offset + len(payload) == total
-        yield kv.BlockFrame(
+        yield DataFrame(
             block_index=block_index,
             layer_group=group,
             offset_bytes=offset,
@@ -71,7 +71,7 @@ class Reassembly:
         """Forgets what came of the block that is not complete: the sender starts again with it."""
         self._group, self._offset, self._digest = 0, 0, None
 
-    def accept(self, frame: kv.BlockFrame) -> Accepted:
+    def accept(self, frame: DataFrame) -> Accepted:
         """Checks one frame and moves on.
 
         Raises BadFrame when it is not exactly the next one, DigestMismatch when it ends a group that does not verify.
@@ -83,7 +83,7 @@ class Reassembly:
         wanted = (self._block, self._group, self._offset)
         if place != wanted:
             raise BadFrame(f"frame (block, group, offset) {place} where {wanted} must come next")
-        payload = memoryview(frame.payload)
+        payload = frame.payload
         total = self._layout.group_bytes(self._group)
         end = self._offset + len(payload)
         if not payload or end > total:

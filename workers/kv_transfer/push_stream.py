@@ -36,6 +36,7 @@ class PushStream:
         self._news = news
         self._commit: kv.Commit | None = None
         self._error: AutanError | None = None
+        self._writing: asyncio.Task[None] | None = None
         self._reader = asyncio.create_task(self._read())
 
     @property
@@ -50,14 +51,28 @@ class PushStream:
         if self._commit is not None:
             raise BadFrame("the receiver committed before the end of the transfer")
 
-    async def send(self, frame: kv.PushFrame, cost_bytes: int = 0) -> None:
-        """Writes one frame when `cost_bytes` of credit are there."""
+    async def send(self, message: bytes, cost_bytes: int = 0) -> None:
+        """Begins to write one message when `cost_bytes` of credit are there and the message before it is written.
+
+        So the caller makes the next one while the transport takes this one. What goes wrong with it is raised by the next call.
+        """
         await self._wait(lambda: self._credit >= cost_bytes, "credit")
         self.check()
+        await self._written()
         self._credit -= cost_bytes
+        self._writing = asyncio.create_task(self._write(message))
+        await asyncio.sleep(0)  # the transport has the message before the caller goes on computing
+
+    async def _write(self, message: bytes) -> None:
+        await self._call.write(message)
+
+    async def _written(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._call.write(frame)
+                await writing
         except TimeoutError as error:
             raise HandoffTimeout(f"the receiver took no frame for {self._timeout_s} s") from error
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
@@ -67,6 +82,7 @@ class PushStream:
 
     async def commit(self) -> kv.Commit:
         """Waits for the receiver's commit after the end frame."""
+        await self._written()
         await self._wait(lambda: self.over, "the commit")
         if self._error is not None:
             raise self._error
@@ -76,8 +92,10 @@ class PushStream:
     async def close(self) -> None:
         """Ends the call, whatever its stage. Idempotent."""
         self._call.cancel()
-        self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
+        tasks = [task for task in (self._reader, self._writing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _wait(self, ready: Any, what: str) -> None:
         try:

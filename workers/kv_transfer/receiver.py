@@ -24,6 +24,7 @@ from workers.kv_transfer.hooks import Arrived, ReceiveLimits, ReceiverHooks
 from workers.kv_transfer.ledger import Entry, Ledger
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.port import EnginePort
+from workers.kv_transfer.push_codec import DataFrame, PushMessage
 from workers.kv_transfer.transfer import Transfer, TransferTable
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Receiver:
             self._counters.stale_refused += 1
             raise
 
-    async def push(self, frames: AsyncIterator[kv.PushFrame]) -> AsyncIterator[kv.PushReply]:
+    async def push(self, frames: AsyncIterator[PushMessage]) -> AsyncIterator[kv.PushReply]:
         """Takes frames until the end frame. The last reply is the commit or the refusal.
 
         A refused transfer keeps nothing, unless its stream just ended: then it can be opened again until it times out.
@@ -85,11 +86,10 @@ class Receiver:
             transfer, stream = self._attach(frame)
             while True:
                 self._check_frame(transfer, stream, frame)
-                body = frame.WhichOneof("body")
-                if body == "end":
+                if frame.end is not None:
                     yield kv.PushReply(commit=await self._end(transfer, frame.end))
                     return
-                if body == "data":
+                if frame.data is not None:
                     self._write(transfer, frame.data)
                     credit = transfer.regrant()
                     if credit:
@@ -210,7 +210,7 @@ class Receiver:
 
     # -- push -----------------------------------------------------------------------------------------------------------
 
-    async def _first(self, frames: AsyncIterator[kv.PushFrame]) -> kv.PushFrame:
+    async def _first(self, frames: AsyncIterator[PushMessage]) -> PushMessage:
         try:
             async with asyncio.timeout(self._limits.progress_timeout_s):
                 return await anext(frames)
@@ -219,7 +219,7 @@ class Receiver:
         except TimeoutError:
             raise HandoffTimeout("no first frame") from None
 
-    async def _next(self, transfer: Transfer, stream: int, frames: AsyncIterator[kv.PushFrame]) -> kv.PushFrame:
+    async def _next(self, transfer: Transfer, stream: int, frames: AsyncIterator[PushMessage]) -> PushMessage:
         self._check_current(transfer, stream)
         try:
             async with asyncio.timeout(None) as waiting:
@@ -232,7 +232,7 @@ class Receiver:
         finally:
             transfer.waiting = None
 
-    def _attach(self, frame: kv.PushFrame) -> tuple[Transfer, int]:
+    def _attach(self, frame: PushMessage) -> tuple[Transfer, int]:
         transfer = self._table.of_id(frame.transfer_id)
         if transfer is None or transfer.epoch != frame.epoch:
             raise StaleEpoch(f"no transfer of that id is open at epoch {frame.epoch}")
@@ -254,7 +254,7 @@ class Receiver:
         if transfer.stream != stream:
             raise StaleEpoch(f"{transfer.request_id}: another stream took over")
 
-    def _check_frame(self, transfer: Transfer, stream: int, frame: kv.PushFrame) -> None:
+    def _check_frame(self, transfer: Transfer, stream: int, frame: PushMessage) -> None:
         self._check_current(transfer, stream)
         if frame.transfer_id != transfer.transfer_id or frame.epoch != transfer.epoch:
             raise BadFrame(f"{transfer.request_id}: a frame of another transfer")
@@ -262,7 +262,7 @@ class Receiver:
         if self._ledger.is_open(transfer.key):
             self._ledger.touch(transfer.key, self._deadline_s(transfer))
 
-    def _write(self, transfer: Transfer, frame: kv.BlockFrame) -> None:
+    def _write(self, transfer: Transfer, frame: DataFrame) -> None:
         if transfer.lifecycle.state is not ReceiveState.RECEIVING:
             raise BadFrame(f"{transfer.request_id}: a block after the end")
         transfer.spend(len(frame.payload))

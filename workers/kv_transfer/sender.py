@@ -35,10 +35,12 @@ from workers.kv_transfer.digest import DigestScope
 from workers.kv_transfer.frames import split
 from workers.kv_transfer.lifecycle import Lifecycle, SendState, sending
 from workers.kv_transfer.port import EnginePort
+from workers.kv_transfer.push_codec import encode_data, encode_other
 from workers.kv_transfer.push_stream import PushStream, stream_error
 
 _OPEN_BACKOFF_S = (0.05, 0.25)
 _CLOSE_TIMEOUT_S = 1.0
+PUSH_METHOD = "/autan.v1.KvTransfer/Push"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,11 @@ def _stub(channel: grpc.aio.Channel) -> Any:
     return make(channel)
 
 
+def _push_call(channel: grpc.aio.Channel) -> Any:
+    """Messages go out as the codec made them."""
+    return channel.stream_stream(PUSH_METHOD, request_serializer=None, response_deserializer=kv.PushReply.FromString)
+
+
 class Handoff:
     """One hand-off. `blocks_ready` and `end` feed it, `run` carries it out; the caller gives the blocks back afterwards.
 
@@ -135,6 +142,7 @@ class Handoff:
         self.job = job
         self.lifecycle: Lifecycle[SendState] = sending()
         self._stub = _stub(channel)
+        self._push_call = _push_call(channel)
         self._context = context
         self._scope = DigestScope(fingerprint_key(job.fingerprint), job.request.request_id, job.request.epoch)
         self._ready: list[int] = []  # ids of the leading blocks that are final, as they were when they became so
@@ -211,7 +219,7 @@ class Handoff:
             self._measures.reused = reply.first_block
         self.lifecycle.move(SendState.STREAMING)
         self._progress()
-        stream = PushStream(self._stub.Push(), reply.credit_bytes, self._context.progress_timeout_s, self._wake)
+        stream = PushStream(self._push_call(), reply.credit_bytes, self._context.progress_timeout_s, self._wake)
         try:
             await self._push(stream, reply)
             await self._finish(stream)
@@ -287,10 +295,10 @@ class Handoff:
             data = port.export_kv(self._ready[index], group)
             digest = self._scope.of(index, group, data)
             for frame in split(index, group, data, digest, frame_bytes):
-                message = kv.PushFrame(transfer_id=self._transfer_id, epoch=request.epoch, data=frame)
-                await stream.send(message, len(frame.payload))
-                self._measures.bytes += len(frame.payload)
-                self._context.counters.kv_bytes_sent += len(frame.payload)
+                size = frame.payload.nbytes
+                await stream.send(encode_data(self._transfer_id, request.epoch, frame), size)
+                self._measures.bytes += size
+                self._context.counters.kv_bytes_sent += size
 
     def _count_block(self, index: int) -> None:
         self._context.counters.kv_blocks_sent += 1
@@ -317,7 +325,7 @@ class Handoff:
             next_logprobs=ending.next_logprobs,
         )
         self.lifecycle.move(SendState.ENDING)
-        await stream.send(kv.PushFrame(transfer_id=self._transfer_id, epoch=self.job.request.epoch, end=end))
+        await stream.send(encode_other(self._transfer_id, self.job.request.epoch, end))
         commit = await stream.commit()
         if commit.epoch != self.job.request.epoch:
             raise StaleEpoch(f"{self.job.request.request_id}: committed at epoch {commit.epoch}")
@@ -329,7 +337,7 @@ class Handoff:
                 await self._wait_for_wake()
         except TimeoutError:
             if self._context.engine_alive():
-                await stream.send(kv.PushFrame(transfer_id=self._transfer_id, epoch=self.job.request.epoch))
+                await stream.send(encode_other(self._transfer_id, self.job.request.epoch))
                 self._progress()
         stream.check()
 

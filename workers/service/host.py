@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2_grpc
 from configs.address import parse_address
 from configs.worker_spec import WorkerSpec
 from protos.contract.errors import AutanError, ConfigError, EngineFailure, ModelError
-from protos.rpc import GuardInterceptor, kv_pb2_grpc, server_options, worker_pb2_grpc
+from protos.rpc import GuardInterceptor, server_options, worker_pb2_grpc
 from protos.wire import common, worker
 from workers.engine_api.group import GroupDoor
 from workers.engine_api.protocol import Engine
@@ -33,7 +33,7 @@ from workers.service.loading import Loading
 from workers.service.membership import Membership
 from workers.service.rank_share import ShareThread
 from workers.service.renewals import RenewalContext, Renewals
-from workers.service.servicers import Health, KvTransferService, WorkerService
+from workers.service.servicers import Health, KvTransferService, WorkerService, add_kv_transfer
 from workers.service.store import WorkerStore
 from workers.service.task_set import TaskSet
 
@@ -215,9 +215,8 @@ class WorkerHost:
             options=server_options(network.max_message_bytes, network.keepalive_s, network.ping_timeout_s),
             maximum_concurrent_rpcs=_MAX_CONCURRENT_RPCS,
         )
-        add_kv: Any = kv_pb2_grpc.add_KvTransferServicer_to_server
         add_worker: Any = worker_pb2_grpc.add_WorkerServicer_to_server
-        add_kv(KvTransferService(self.parts.receiver), self._server)
+        add_kv_transfer(KvTransferService(self.parts.receiver), self._server)
         add_worker(WorkerService(self.status, self._group), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
         port = self._server.add_insecure_port(f"{host}:0")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import grpc
 from grpc_health.v1 import health, health_pb2
 
 from protos.rpc import kv_pb2_grpc, worker_pb2_grpc
 from protos.wire import kv, worker
+from workers.kv_transfer.push_codec import PushMessage, decode_push
 from workers.kv_transfer.receiver import Receiver
 from workers.service.group import GroupHead
 
@@ -24,13 +26,25 @@ class KvTransferService(kv_pb2_grpc.KvTransferServicer):  # type: ignore[misc, u
     async def Open(self, request: kv.OpenRequest, context: Any) -> kv.OpenReply:
         return await self._receiver.open(request)
 
-    async def Push(self, request_iterator: AsyncIterator[kv.PushFrame], context: Any) -> AsyncIterator[kv.PushReply]:
+    async def Push(self, request_iterator: AsyncIterator[PushMessage], context: Any) -> AsyncIterator[kv.PushReply]:
         async for reply in self._receiver.push(request_iterator):
             yield reply
 
     async def Close(self, request: kv.CloseRequest, context: Any) -> kv.CloseReply:
         await self._receiver.close(request)
         return kv.CloseReply()
+
+
+def add_kv_transfer(service: KvTransferService, server: grpc.aio.Server) -> None:
+    """Registers autan.v1.KvTransfer with the codec of `push_codec` for the messages of Push."""
+    handlers: dict[str, Any] = {
+        "Open": grpc.unary_unary_rpc_method_handler(service.Open, kv.OpenRequest.FromString, kv.OpenReply.SerializeToString),
+        "Push": grpc.stream_stream_rpc_method_handler(service.Push, decode_push, kv.PushReply.SerializeToString),
+        "Close": grpc.unary_unary_rpc_method_handler(
+            service.Close, kv.CloseRequest.FromString, kv.CloseReply.SerializeToString
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("autan.v1.KvTransfer", handlers),))
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc, unused-ignore]

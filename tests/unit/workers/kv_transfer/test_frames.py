@@ -13,6 +13,7 @@ from protos.wire import kv
 from workers.engine_api.types import KvLayout
 from workers.kv_transfer.digest import DigestScope
 from workers.kv_transfer.frames import Reassembly, split
+from workers.kv_transfer.push_codec import DataFrame, decode_push, encode_data
 
 LAYOUT = KvLayout(block_tokens=4, num_layers=5, row_bytes=8, dtype="bytes", name="test", target_group_bytes=64)
 SCOPE = DigestScope("model=x", "r1", 7)
@@ -29,8 +30,16 @@ def cut(data: list[list[bytes]], frame_bytes: int, first: int = 0, scope: Digest
     for block in range(first, len(data)):
         for group, raw in enumerate(data[block]):
             view = memoryview(raw)
-            frames += split(block, group, view, scope.of(block, group, view), frame_bytes)
+            for frame in split(block, group, view, scope.of(block, group, view), frame_bytes):
+                frames.append(kv.PushFrame.FromString(encode_data("t", 7, frame)).data)
     return frames
+
+
+def received(frame: kv.BlockFrame) -> DataFrame:
+    """As the receiver's codec reads what protobuf wrote."""
+    data = decode_push(kv.PushFrame(transfer_id="t", epoch=7, data=frame).SerializeToString()).data
+    assert data is not None
+    return data
 
 
 def put_together(
@@ -38,7 +47,7 @@ def put_together(
 ) -> tuple[Reassembly, dict[tuple[int, int], bytes]]:
     reassembly, pool = Reassembly(LAYOUT, SCOPE, first, blocks), dict[tuple[int, int], bytes]()
     for frame in frames:
-        accepted = reassembly.accept(frame)
+        accepted = reassembly.accept(received(frame))
         key = (accepted.block_index, accepted.group)
         assert accepted.offset_bytes == len(pool.get(key, b""))
         pool[key] = pool.get(key, b"") + bytes(accepted.payload)
@@ -64,7 +73,7 @@ def test_a_block_counts_only_when_all_its_groups_are_verified() -> None:
     reassembly = Reassembly(LAYOUT, SCOPE, 0, BLOCKS)
     counts = []
     for frame in cut(content(), 1000):
-        reassembly.accept(frame)
+        reassembly.accept(received(frame))
         counts.append(reassembly.verified_blocks)
     assert counts == [0, 0, 1, 1, 1, 2, 2, 2, 3]
 
@@ -127,11 +136,11 @@ def test_after_a_rewind_the_open_block_comes_again() -> None:
     reassembly = Reassembly(LAYOUT, SCOPE, 0, BLOCKS)
     second = next(i for i, frame in enumerate(frames) if frame.block_index == 1)
     for frame in frames[: second + 2]:
-        reassembly.accept(frame)
+        reassembly.accept(received(frame))
     reassembly.rewind()
     assert reassembly.verified_blocks == 1
     for frame in frames[second:]:
-        reassembly.accept(frame)
+        reassembly.accept(received(frame))
     assert reassembly.complete
 
 
@@ -139,4 +148,4 @@ def test_nothing_is_taken_after_the_last_block() -> None:
     frames = cut(content(), 1000)
     reassembly, _ = put_together(frames)
     with pytest.raises(BadFrame):
-        reassembly.accept(frames[-1])
+        reassembly.accept(received(frames[-1]))

@@ -1,0 +1,140 @@
+"""Push messages as bytes. The wire is that of `PushFrame` in kv.proto; the codec is by hand, so a payload is copied once.
+
+A message is a small head and the payload as its last field: encoding is one join, decoding gives a view into the message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protos.wire import kv
+
+_VARINT, _BYTES = 0, 2
+_MAX_VARINT_BYTES = 10
+_MAX_FIELDS = 16  # of one message; ours have five at most
+
+_PUSH = {name: field.number for name, field in kv.PushFrame.DESCRIPTOR.fields_by_name.items()}
+_BLOCK = {name: field.number for name, field in kv.BlockFrame.DESCRIPTOR.fields_by_name.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class DataFrame:
+    """Part of one layer group; `digest` is that of the whole group, in its last frame only. `payload` is bytes `[n]`."""
+
+    block_index: int
+    layer_group: int
+    offset_bytes: int
+    payload: memoryview
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PushMessage:
+    """One message of a Push stream: at most one of data and end; neither is a sign of life."""
+
+    transfer_id: str
+    epoch: int
+    data: DataFrame | None = None
+    end: kv.EndFrame | None = None
+
+
+def encode_data(transfer_id: str, epoch: int, frame: DataFrame) -> bytes:
+    """The message of one data frame. The payload is copied once, into the result."""
+    fields = kv.BlockFrame(
+        block_index=frame.block_index, layer_group=frame.layer_group, offset_bytes=frame.offset_bytes, digest=frame.digest
+    )
+    size = frame.payload.nbytes
+    inner = fields.SerializeToString() + _head(_BLOCK["payload"], size)
+    outer = kv.PushFrame(transfer_id=transfer_id, epoch=epoch).SerializeToString()
+    return b"".join((outer, _head(_PUSH["data"], len(inner) + size), inner, frame.payload))
+
+
+def encode_other(transfer_id: str, epoch: int, end: kv.EndFrame | None = None) -> bytes:
+    """The message of the end frame, or of a sign of life."""
+    return kv.PushFrame(transfer_id=transfer_id, epoch=epoch, end=end).SerializeToString()
+
+
+def decode_push(message: bytes) -> PushMessage:
+    """Reads a message; the payload is a view into it. Raises ValueError, or DecodeError, for anything malformed."""
+    transfer_id, epoch = "", 0
+    data: DataFrame | None = None
+    end: kv.EndFrame | None = None
+    for number, value in _fields(memoryview(message)):
+        if number == _PUSH["transfer_id"]:
+            transfer_id = bytes(_bytes(value)).decode("utf-8")
+        elif number == _PUSH["epoch"]:
+            epoch = _number(value, 64)
+        elif number == _PUSH["data"]:
+            data, end = _decode_block(_bytes(value)), None
+        elif number == _PUSH["end"]:
+            data, end = None, kv.EndFrame.FromString(bytes(_bytes(value)))
+    return PushMessage(transfer_id, epoch, data, end)
+
+
+def _decode_block(view: memoryview) -> DataFrame:
+    block_index = layer_group = offset_bytes = 0
+    payload, digest = view[:0], b""
+    for number, value in _fields(view):
+        if number == _BLOCK["block_index"]:
+            block_index = _number(value, 32)
+        elif number == _BLOCK["layer_group"]:
+            layer_group = _number(value, 32)
+        elif number == _BLOCK["offset_bytes"]:
+            offset_bytes = _number(value, 32)
+        elif number == _BLOCK["payload"]:
+            payload = _bytes(value)
+        elif number == _BLOCK["digest"]:
+            digest = bytes(_bytes(value))
+    return DataFrame(block_index, layer_group, offset_bytes, payload, digest)
+
+
+def _fields(view: memoryview) -> list[tuple[int, int | memoryview]]:
+    found: list[tuple[int, int | memoryview]] = []
+    at, size = 0, len(view)
+    while at < size:
+        if len(found) == _MAX_FIELDS:
+            raise ValueError(f"more than {_MAX_FIELDS} fields")
+        tag, at = _varint(view, at)
+        value, at = _varint(view, at)
+        if tag & 7 == _VARINT:
+            found.append((tag >> 3, value))
+        elif tag & 7 == _BYTES and value <= size - at:
+            found.append((tag >> 3, view[at : at + value]))
+            at += value
+        else:
+            raise ValueError(f"field {tag >> 3}: wire type {tag & 7} does not fit in {size} bytes")
+    return found
+
+
+def _varint(view: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(_MAX_VARINT_BYTES):
+        if at == len(view):
+            raise ValueError("cut in a number")
+        byte = view[at]
+        at += 1
+        value |= (byte & 0x7F) << 7 * shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError(f"a number of more than {_MAX_VARINT_BYTES} bytes")
+
+
+def _number(value: int | memoryview, bits: int) -> int:
+    if not isinstance(value, int) or value >> bits:
+        raise ValueError(f"not a number of {bits} bits")
+    return value
+
+
+def _bytes(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise ValueError("a number where bytes belong")
+    return value
+
+
+def _head(number: int, size: int) -> bytes:
+    head = bytearray([number << 3 | _BYTES])
+    while size >= 0x80:
+        head.append(size & 0x7F | 0x80)
+        size >>= 7
+    head.append(size)
+    return bytes(head)
