@@ -1,0 +1,1 @@
+"""Measures of the KV plane between two processes, without an engine."""
