@@ -23,7 +23,7 @@ _MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """The facts of one checkpoint. `tokenizer_digest` covers tokenizer.json and the chat template; empty without them."""
+    """The facts of one checkpoint. The digests cover tokenizer.json and the chat template; empty without them."""
 
     architecture: str
     vocab_size: int
@@ -34,6 +34,7 @@ class ModelCard:
     has_tokenizer: bool = False
     chat_template: str | None = None
     tokenizer_digest: str = ""
+    template_digest: str = ""
     has_logits: bool = True  # False: penalties, logit_bias and logprobs are refused
 
     @property
@@ -100,7 +101,8 @@ def read_model_card(model_dir: Path) -> ModelCard:
         bos_token_id=_optional_id(path, text if text.get("bos_token_id") is not None else outer, "bos_token_id", vocab_size),
         has_tokenizer=has_tokenizer,
         chat_template=template,
-        tokenizer_digest=_tokenizer_digest(model_dir, template) if has_tokenizer else "",
+        tokenizer_digest=_tokenizer_digest(model_dir) if has_tokenizer else "",
+        template_digest="" if template is None else hashlib.blake2b(template.encode(), digest_size=16).hexdigest(),
     )
 
 
@@ -183,13 +185,9 @@ def _chat_template(model_dir: Path) -> str | None:
     return found
 
 
-def _tokenizer_digest(model_dir: Path, template: str | None) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _tokenizer_digest(model_dir: Path) -> str:
     tokenizer = _read_bytes(model_dir / "tokenizer.json", _MAX_TOKENIZER_BYTES)
-    digest.update(len(tokenizer).to_bytes(8, "little"))
-    digest.update(tokenizer)
-    digest.update((template or "").encode())
-    return digest.hexdigest()
+    return hashlib.blake2b(tokenizer, digest_size=16).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from protos.gen.autan.v1 import (
     admin_pb2 as admin,
 )
 from protos.gen.autan.v1 import (
+    audit_pb2 as audit,
+)
+from protos.gen.autan.v1 import (
     common_pb2 as common,
 )
 from protos.gen.autan.v1 import (
@@ -30,6 +33,7 @@ from protos.gen.autan.v1 import (
 
 __all__ = [
     "admin",
+    "audit",
     "common",
     "differing_fields",
     "error_to_wire",

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from orchestrator.cli import cancel, config_file, demo, down, generate, model, requests, status, up
+from orchestrator.cli import cancel, config_file, demo, doctor, down, generate, kv, model, requests, status, up
 from orchestrator.cli.output import fail
 from protos.contract.errors import AutanError
 
@@ -27,6 +27,8 @@ app.command("generate")(generate.generate)
 app.command("requests")(requests.requests)
 app.command("cancel")(cancel.cancel)
 app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
+app.add_typer(kv.app, name="kv")
 app.add_typer(config_file.app, name="config")
 app.add_typer(model.app, name="model")
 

@@ -43,6 +43,8 @@ def instance_json(one: admin.InstanceStatus) -> dict[str, Any]:
         },
         "counters": counters(one.stats),
         "expert_visits": list(one.stats.expert_visits),
+        "apart_from": one.apart_from or None,
+        "differing": list(one.differing),
     }
 
 
@@ -95,3 +97,7 @@ def status(cluster: Cluster = None, timeout: Timeout = 10.0, as_json: Json = Fal
             for one in reply.instances
         ],
     )  # fmt: skip
+    for one in reply.instances:
+        if one.apart_from:
+            text = f"{one.instance_id} gets no work: it differs from {one.apart_from}: {'; '.join(one.differing)}"
+            stdout.print(text, markup=False)

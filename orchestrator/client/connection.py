@@ -130,6 +130,27 @@ class AsyncClient:
         """Asks the cluster to drain and stop; returns at once."""
         await self._call(self._admin().Shutdown, admin.ShutdownRequest(grace_s=grace_s))
 
+    async def list_kv(self, instance_ids: Sequence[str] = ()) -> admin.ListKvReply:
+        """Who owns which KV blocks, on these instances or all that are alive."""
+        reply: admin.ListKvReply = await self._call(self._admin().ListKv, admin.ListKvRequest(instance_ids=instance_ids))
+        return reply
+
+    async def verify_kv(self, instance_ids: Sequence[str] = ()) -> admin.VerifyKvReply:
+        """The books of KV blocks against the engines."""
+        reply: admin.VerifyKvReply = await self._call(self._admin().VerifyKv, admin.VerifyKvRequest(instance_ids=instance_ids))
+        return reply
+
+    async def collect_kv(self, instance_ids: Sequence[str] = (), apply: bool = False) -> admin.CollectKvReply:
+        """Gives back KV blocks that provably nobody owns; only says so unless `apply`."""
+        request = admin.CollectKvRequest(instance_ids=instance_ids, apply=apply)
+        reply: admin.CollectKvReply = await self._call(self._admin().CollectKv, request)
+        return reply
+
+    async def diagnose(self) -> admin.DiagnoseReply:
+        """Who reaches whom, and who may hand over to whom."""
+        reply: admin.DiagnoseReply = await self._call(self._admin().Diagnose, admin.DiagnoseRequest())
+        return reply
+
     async def _resumed(
         self, request: inference.GenerateRequest | None, request_id: str, from_index: int
     ) -> AsyncGenerator[Event, None]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from orchestrator.control.effects import Assignment
 from orchestrator.control.events import AssignOutcome
 from orchestrator.domain.ids import InstanceId, RequestId
-from orchestrator.domain.instance import InstanceState, InstanceView, Role
+from orchestrator.domain.instance import ALIVE_STATES, DECODE_ROLES, InstanceState, InstanceView, Role
 from orchestrator.domain.view import ClusterView
+from orchestrator.policy.contract import Member, set_apart
 from orchestrator.policy.load import Load, load_of
 from protos.contract.redis_names import Code
 
@@ -78,15 +79,29 @@ class Inventory:
         self._dispatches.clear()
 
     def loads(self, view: ClusterView, suspect_ms: int) -> dict[InstanceId, Load]:
-        """The instances that take work and were heard of lately, with what is promised to them."""
+        """The instances that take work, were heard of lately and serve what the others do, with what is promised to them."""
+        apart = _set_apart(view.instances)
         loads = {
             instance.instance_id: load_of(instance)
             for instance in view.instances
-            if instance.takes_work and view.now_ms - instance.beat_ms <= suspect_ms
+            if instance.takes_work and view.now_ms - instance.beat_ms <= suspect_ms and instance.instance_id not in apart
         }
         for dispatch in self._dispatches.values():
             _charge(loads, dispatch.assignment, dispatch.prefill_tokens)
         return loads
+
+
+def _set_apart(instances: Iterable[InstanceView]) -> dict[str, str]:
+    return set_apart(
+        Member(
+            instance_id=one.instance_id,
+            model=one.capabilities.model,
+            fingerprint=one.capabilities.fingerprint,
+            decodes=one.role in DECODE_ROLES,
+        )
+        for one in instances
+        if one.capabilities is not None and one.state in ALIVE_STATES
+    )
 
 
 def _charge(loads: dict[InstanceId, Load], assignment: Assignment, prefill_tokens: int) -> None:

@@ -1,20 +1,23 @@
-"""The operators' API: Status, ListRequests, CancelRequest, Shutdown."""
+"""The operators' API."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from orchestrator.ingress.diagnosis import Doctor
+from orchestrator.ingress.kv_admin import KvAdmin
 from orchestrator.ingress.live import StreamTable
 from orchestrator.ingress.metrics import Metrics
 from orchestrator.ingress.service import cancel_request
 from orchestrator.ingress.validate import check_request_id
+from orchestrator.policy.contract import Member, set_apart
 from orchestrator.store.client import Store
 from orchestrator.store.replies import InstanceRecord, StoreStats, View
 from protos.contract.errors import InvalidRequest, StoreUnavailable
 from protos.rpc import admin_pb2_grpc
-from protos.wire import admin, common
+from protos.wire import admin, common, differing_fields, fingerprint_key
 
 _DEFAULT_LIMIT = 100
 _MAX_LIMIT = 1000
@@ -28,6 +31,7 @@ _STATES = {
     "LOST": common.INSTANCE_STATE_LOST,
     "STOPPED": common.INSTANCE_STATE_STOPPED,
 }
+_ALIVE = frozenset({_STATES["STARTING"], _STATES["READY"], _STATES["DRAINING"]})
 
 Gauges = Callable[[], dict[str, int]]
 
@@ -44,7 +48,11 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         version: str,
         gauges: Gauges,
         on_shutdown: Callable[[float], None],
+        kv: KvAdmin,
+        doctor: Doctor,
     ) -> None:
+        self._kv = kv
+        self._doctor = doctor
         self._store = store
         self._table = table
         self._metrics = metrics
@@ -101,6 +109,22 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._on_shutdown(request.grace_s)
         return admin.ShutdownReply()
 
+    async def ListKv(self, request: admin.ListKvRequest, context: Any) -> admin.ListKvReply:
+        """Who owns which KV blocks."""
+        return await self._kv.list(request)
+
+    async def VerifyKv(self, request: admin.VerifyKvRequest, context: Any) -> admin.VerifyKvReply:
+        """The books of the workers against their engines."""
+        return await self._kv.verify(request)
+
+    async def CollectKv(self, request: admin.CollectKvRequest, context: Any) -> admin.CollectKvReply:
+        """What nobody owns goes back."""
+        return await self._kv.collect(request)
+
+    async def Diagnose(self, request: admin.DiagnoseRequest, context: Any) -> admin.DiagnoseReply:
+        """Who reaches whom."""
+        return await self._doctor.examine()
+
 
 def fill_status(reply: admin.StatusReply, view: View, stats: StoreStats) -> None:
     """Writes what Redis knows into the reply. Pure."""
@@ -112,6 +136,26 @@ def fill_status(reply: admin.StatusReply, view: View, stats: StoreStats) -> None
     reply.leader = stats.leader
     reply.leader_epoch = stats.leader_epoch
     reply.instances.extend(_instance(record, view.now_ms) for record in view.instances)
+    mark_apart(reply.instances)
+
+
+def mark_apart(instances: Sequence[admin.InstanceStatus]) -> None:
+    """Writes into each instance that gets no work for its fingerprint, whose counts instead and where they differ."""
+    by_name = {one.instance_id: one for one in instances}
+    members = (
+        Member(
+            instance_id=one.instance_id,
+            model=one.card.fingerprint.model,
+            fingerprint=fingerprint_key(one.card.fingerprint),
+            decodes=one.role in (common.ROLE_DECODE, common.ROLE_COMBINED),
+        )
+        for one in instances
+        if one.state in _ALIVE and one.card.fingerprint.model
+    )
+    for name, reference in set_apart(members).items():
+        apart = by_name[name]
+        apart.apart_from = reference
+        apart.differing.extend(differing_fields(by_name[reference].card.fingerprint, apart.card.fingerprint))
 
 
 def _instance(record: InstanceRecord, now_ms: int) -> admin.InstanceStatus:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from configs.schema.network import IngressConfig
 from orchestrator.domain.clock import Clock, SystemClock
@@ -11,8 +12,10 @@ from orchestrator.ingress.admin_service import AdminService
 from orchestrator.ingress.adopt import Adopter
 from orchestrator.ingress.auth import Authoriser
 from orchestrator.ingress.departures import Departures
+from orchestrator.ingress.diagnosis import Doctor
 from orchestrator.ingress.intake import Intake
 from orchestrator.ingress.journal import Journal
+from orchestrator.ingress.kv_admin import KvAdmin
 from orchestrator.ingress.live import StreamTable
 from orchestrator.ingress.metrics import Metrics
 from orchestrator.ingress.model import ServedModel
@@ -21,7 +24,9 @@ from orchestrator.ingress.service import InferenceService
 from orchestrator.ingress.token_sink import TokenSink
 from orchestrator.ingress.validate import Limits
 from orchestrator.ingress.watch import Watch
+from orchestrator.ingress.worker_calls import WorkerCalls
 from orchestrator.store.client import Store
+from protos.rpc import channel_options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +85,7 @@ def assemble(
     sink_address: str,
     on_shutdown: Callable[[float], None],
     clock: Clock | None = None,
+    worker_options: Sequence[tuple[str, Any]] | None = None,
 ) -> Parts:
     """Makes the parts; nothing runs yet."""
     base = _base(settings, store, model, sink_address, clock=clock or SystemClock())
@@ -96,8 +102,16 @@ def assemble(
             "ingress_epoch": owner.epoch,
         }
 
+    workers = WorkerCalls(store, worker_options or channel_options())
     admin = AdminService(
-        store=store, table=table, metrics=metrics, version=settings.version, gauges=gauges, on_shutdown=on_shutdown
+        store=store,
+        table=table,
+        metrics=metrics,
+        version=settings.version,
+        gauges=gauges,
+        on_shutdown=on_shutdown,
+        kv=KvAdmin(workers),
+        doctor=Doctor(store, workers, settings.version, sink_address),
     )
     return Parts(
         metrics=metrics,

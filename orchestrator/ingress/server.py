@@ -22,7 +22,7 @@ from orchestrator.ingress.parts import IngressSettings, Parts, assemble
 from orchestrator.ingress.tasks import end_tasks
 from orchestrator.store.client import Store
 from protos.contract.errors import AutanError, ConfigError
-from protos.rpc import GuardInterceptor, admin_pb2_grpc, inference_pb2_grpc, server_options, tokens_pb2_grpc
+from protos.rpc import GuardInterceptor, admin_pb2_grpc, channel_options, inference_pb2_grpc, server_options, tokens_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,9 @@ class IngressServer:
             authorise=authorise,
             sink_address=self.sink_address,
             on_shutdown=self._on_shutdown,
+            worker_options=channel_options(
+                self._network.max_message_bytes, self._network.keepalive_s, self._network.ping_timeout_s
+            ),
         )
         await parts.owner.register()
         self._parts = parts

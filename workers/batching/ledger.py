@@ -11,7 +11,7 @@ from protos.contract.errors import OutOfBlocks
 from workers.batching.block_pool import BlockPool
 from workers.batching.prefix_cache import PrefixCache
 from workers.batching.sequence import Sequence
-from workers.engine_api.types import CacheEvent
+from workers.engine_api.types import BlockOwner, CacheEvent
 
 Key = tuple[str, int]  # request id, epoch
 
@@ -118,6 +118,33 @@ class BlockLedger:
             return 0
         owners = self._owners(owned)
         return sum(refs > owners[block_id] for block_id, refs in self.pool.referenced().items())
+
+    def owners(self, sequences: Iterable[Sequence]) -> tuple[BlockOwner, ...]:
+        """Every sequence, with or without blocks, and every pin."""
+        requests = [
+            BlockOwner(
+                kind="request",
+                request_id=sequence.request_id,
+                epoch=sequence.epoch,
+                stage=sequence.state.name.lower(),
+                blocks=len(sequence.blocks),
+            )
+            for sequence in sequences
+        ]
+        transfers = [
+            BlockOwner(kind="transfer", request_id=request_id, epoch=epoch, stage="pinned", blocks=len(pins))
+            for (request_id, epoch), pins in self._pins.items()
+        ]
+        return (*requests, *transfers)
+
+    def reclaim(self, sequences: Iterable[Sequence]) -> int:
+        """Takes back every reference that no sequence and no pin explains; returns how many blocks had one too many."""
+        owners = self._owners(sequence.blocks for sequence in sequences)
+        excess = {block_id: refs - owners[block_id] for block_id, refs in self.pool.referenced().items()}
+        leaked = [block_id for block_id, count in excess.items() if count > 0]
+        for block_id in leaked:
+            self.pool.free_blocks([block_id] * excess[block_id])
+        return len(leaked)
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Raises AssertionError when references and owners differ, or the cache and the pool disagree."""

@@ -19,6 +19,7 @@ from workers.batching.runner import Runner, Slice
 from workers.batching.scheduler import Plan, StepLimits, plan
 from workers.batching.sequence import Sequence, SequenceState
 from workers.engine_api.types import (
+    BlockOwner,
     CacheEvent,
     EngineRequest,
     EngineStats,
@@ -212,6 +213,15 @@ class PagedEngine:
     def drain_cache_events(self) -> tuple[CacheEvent, ...]:
         with self._lock:
             return self._ledger.drain_events()
+
+    def block_owners(self) -> tuple[BlockOwner, ...]:
+        with self._lock:
+            return self._ledger.owners(self._sequences.values())
+
+    def reclaim_leaked(self) -> int:
+        with self._lock:
+            self._plan = None
+            return self._ledger.reclaim(self._sequences.values())
 
     def check_integrity(self) -> None:
         with self._lock:

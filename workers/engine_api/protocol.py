@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from workers.engine_api.types import (
+    BlockOwner,
     CacheEvent,
     EngineRequest,
     EngineStats,
@@ -118,6 +119,14 @@ class Engine(Protocol):
 
     def drain_cache_events(self) -> tuple[CacheEvent, ...]:
         """The changes of the prefix cache since the last call, in order."""
+        ...
+
+    def block_owners(self) -> tuple[BlockOwner, ...]:
+        """Everybody who may refer to blocks: each sequence and each pin, in no particular order."""
+        ...
+
+    def reclaim_leaked(self) -> int:
+        """Gives back references that no owner explains and returns how many blocks had one. Zero unless there is a bug."""
         ...
 
     def check_integrity(self) -> None:

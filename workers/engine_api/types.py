@@ -177,6 +177,7 @@ class ModelIdentity:
     context_tokens: int
     eos_token_ids: tuple[int, ...] = ()
     has_logits: bool = True  # False: penalties, logit_bias and logprobs are refused
+    template_digest: str = ""  # of the chat template; empty without one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +213,20 @@ class EngineStats:
     preemptions: int = 0
     leaked_blocks: int = 0  # referenced blocks that no sequence owns; 0 or a bug
     expert_visits: tuple[int, ...] = ()  # rows that each routed expert was chosen for, over all layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockOwner:
+    """Somebody who refers to KV blocks of an engine. `kind`: "request" for a sequence, "transfer" for a pin.
+
+    `stage` is that of the sequence (`waiting`, `prefilling`, `decoding`, `held`, `importing`), or `pinned`.
+    """
+
+    kind: str
+    request_id: str
+    epoch: int
+    stage: str
+    blocks: int
 
 
 @dataclass(frozen=True, slots=True)

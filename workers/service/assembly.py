@@ -20,11 +20,13 @@ from workers.kv_transfer.sender import SendContext
 from workers.service.arrivals import Arrivals
 from workers.service.assignments import Assignment, Assignments
 from workers.service.coordinator import Coordinator, Parts
+from workers.service.diagnosis import Diagnosis, DiagnosisContext
 from workers.service.engine_thread import EngineThread
 from workers.service.failpoints import Failpoints
 from workers.service.failures import Failures
 from workers.service.handoff_tasks import HandoffTasks
 from workers.service.identity import fingerprint_of
+from workers.service.kv_audit import AuditContext, KvAudit
 from workers.service.membership import Membership
 from workers.service.outbox import Outbox, OutboxContext
 from workers.service.retrying import while_store_is_away
@@ -59,6 +61,8 @@ class Assembly:
     receiver: Receiver
     failures: Failures
     coordinator: Coordinator
+    audit: KvAudit
+    diagnosis: Diagnosis
 
 
 def wire_options(spec: WorkerSpec) -> list[tuple[str, Any]]:
@@ -122,7 +126,28 @@ def assemble(base: Base) -> Assembly:
         receiver=receiver,
         failures=failures,
         coordinator=coordinator,
+        audit=_audit(base, assignments, ledger, handoffs, receiver),
+        diagnosis=_diagnosis(base),
     )
+
+
+def _audit(base: Base, assignments: Assignments, ledger: Ledger, handoffs: HandoffTasks, receiver: Receiver) -> KvAudit:
+    context = AuditContext(
+        me=base.me,
+        engine=base.thread,
+        store=base.store,
+        assignments=assignments,
+        ledger=ledger,
+        handoffs=handoffs,
+        receiver=receiver,
+    )
+    return KvAudit(context)
+
+
+def _diagnosis(base: Base) -> Diagnosis:
+    engine = base.thread.engine
+    fingerprint = fingerprint_of(engine.identity, engine.layout)
+    return Diagnosis(DiagnosisContext(me=base.me, fingerprint=fingerprint, store=base.store, options=wire_options(base.spec)))
 
 
 def _outbox(base: Base, on_finished: Callable[[str, int], None]) -> Outbox:

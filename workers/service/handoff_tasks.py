@@ -120,6 +120,17 @@ class HandoffTasks:
         if running is not None:
             running.inner.cancel()
 
+    def keys(self) -> tuple[tuple[str, int], ...]:
+        """Request and epoch of every hand-off that has not given its blocks back yet."""
+        return tuple((key.request_id, key.epoch) for key in self._running)
+
+    def cancel_key(self, request_id: str, epoch: int) -> bool:
+        """As `cancel`, by name; False when no such hand-off runs."""
+        running = self._running.get(Key(request_id, epoch, Side.SEND))
+        if running is not None:
+            running.inner.cancel()
+        return running is not None
+
     async def close(self) -> None:
         """Stops everything and closes the connections to the peers."""
         for running in self._running.values():

@@ -11,12 +11,17 @@ from workers.kv_transfer.counters import TransferCounters
 
 
 def fingerprint_of(identity: ModelIdentity, layout: KvLayout) -> common.Fingerprint:
-    """What must be equal on both sides of a hand-off."""
+    """What must be equal on both sides of a hand-off.
+
+    Every field counts. What may differ is on the card: ranks (KV leaves and enters an instance as full rows, whatever share
+    of them each rank keeps), pool size, batch limits and role.
+    """
     return common.Fingerprint(
         model=identity.model,
         architecture=identity.architecture,
         weights_digest=identity.weights_digest,
         tokenizer_digest=identity.tokenizer_digest,
+        template_digest=identity.template_digest,
         dtype=layout.dtype,
         block_tokens=layout.block_tokens,
         num_layers=layout.num_layers,

@@ -9,10 +9,12 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 
 from protos.rpc import kv_pb2_grpc, worker_pb2_grpc
-from protos.wire import kv, worker
+from protos.wire import audit, kv, worker
 from workers.kv_transfer.push_codec import PushMessage, decode_push
 from workers.kv_transfer.receiver import Receiver
+from workers.service.diagnosis import Diagnosis
 from workers.service.group import GroupHead
+from workers.service.kv_audit import KvAudit
 
 _SERVICES = ("", "autan.v1.Worker", "autan.v1.KvTransfer")
 
@@ -50,9 +52,13 @@ def add_kv_transfer(service: KvTransferService, server: grpc.aio.Server) -> None
 class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc, unused-ignore]
     """autan.v1.Worker."""
 
-    def __init__(self, status: Callable[[], worker.WorkerStatusReply], group: GroupHead) -> None:
+    def __init__(
+        self, status: Callable[[], worker.WorkerStatusReply], group: GroupHead, kv_audit: KvAudit, diagnosis: Diagnosis
+    ) -> None:
         self._status = status
         self._group = group
+        self._audit = kv_audit
+        self._diagnosis = diagnosis
 
     async def Status(self, request: worker.WorkerStatusRequest, context: Any) -> worker.WorkerStatusReply:
         return self._status()
@@ -62,6 +68,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc, unuse
     ) -> AsyncIterator[worker.GroupBeat]:
         async for beat in self._group.serve(request_iterator):
             yield beat
+
+    async def ListKv(self, request: worker.WorkerListKvRequest, context: Any) -> audit.KvBooks:
+        return await self._audit.list()
+
+    async def VerifyKv(self, request: worker.WorkerVerifyKvRequest, context: Any) -> audit.KvAudit:
+        return await self._audit.verify()
+
+    async def CollectKv(self, request: worker.WorkerCollectKvRequest, context: Any) -> audit.KvCollection:
+        return await self._audit.collect(request.apply)
+
+    async def Diagnose(self, request: worker.WorkerDiagnoseRequest, context: Any) -> audit.SelfReport:
+        return await self._diagnosis.report(request)
 
 
 class Health:

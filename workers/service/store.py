@@ -168,6 +168,14 @@ class WorkerStore:
             return None
         return InstanceRecord(incarnation=int(incarnation), state=_text(state or b""), address=_text(address or b""))
 
+    async def time_s(self) -> float:
+        """Redis TIME in seconds."""
+        try:
+            seconds, micros = await cancellable(self._redis.time())
+        except (RedisError, OSError, TimeoutError) as error:
+            raise store_error(error) from error
+        return int(seconds) + int(micros) / 1e6
+
     async def hints(self, instance_id: str) -> PubSub:
         """A subscription to the hints of an inbox; lossy. The caller closes it."""
         channel = self._redis.pubsub(ignore_subscribe_messages=True)

@@ -131,6 +131,7 @@ def make_runner(
         architecture=parts.config.architecture,
         weights_digest=weights_digest(parts.model_dir),
         tokenizer_digest=parts.card.tokenizer_digest,
+        template_digest=parts.card.template_digest,
         vocab_size=parts.config.vocab_size,
         context_tokens=parts.card.context_tokens,
         eos_token_ids=parts.card.eos_token_ids,

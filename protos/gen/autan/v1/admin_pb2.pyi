@@ -1,5 +1,7 @@
+from protos.gen.autan.v1 import audit_pb2 as _audit_pb2
 from protos.gen.autan.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -7,12 +9,23 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Health(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HEALTH_UNSPECIFIED: _ClassVar[Health]
+    HEALTH_OK: _ClassVar[Health]
+    HEALTH_WARNING: _ClassVar[Health]
+    HEALTH_BROKEN: _ClassVar[Health]
+HEALTH_UNSPECIFIED: Health
+HEALTH_OK: Health
+HEALTH_WARNING: Health
+HEALTH_BROKEN: Health
+
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("instance_id", "role", "state", "epoch", "address", "node", "card", "stats", "heartbeat_age_s", "assigned_requests", "reserved_blocks")
+    __slots__ = ("instance_id", "role", "state", "epoch", "address", "node", "card", "stats", "heartbeat_age_s", "assigned_requests", "reserved_blocks", "apart_from", "differing")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +37,8 @@ class InstanceStatus(_message.Message):
     HEARTBEAT_AGE_S_FIELD_NUMBER: _ClassVar[int]
     ASSIGNED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RESERVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    APART_FROM_FIELD_NUMBER: _ClassVar[int]
+    DIFFERING_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     role: _common_pb2.Role
     state: _common_pb2.InstanceState
@@ -35,7 +50,9 @@ class InstanceStatus(_message.Message):
     heartbeat_age_s: float
     assigned_requests: int
     reserved_blocks: int
-    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., state: _Optional[_Union[_common_pb2.InstanceState, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., card: _Optional[_Union[_common_pb2.InstanceCard, _Mapping]] = ..., stats: _Optional[_Union[_common_pb2.InstanceStats, _Mapping]] = ..., heartbeat_age_s: _Optional[float] = ..., assigned_requests: _Optional[int] = ..., reserved_blocks: _Optional[int] = ...) -> None: ...
+    apart_from: str
+    differing: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., state: _Optional[_Union[_common_pb2.InstanceState, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., card: _Optional[_Union[_common_pb2.InstanceCard, _Mapping]] = ..., stats: _Optional[_Union[_common_pb2.InstanceStats, _Mapping]] = ..., heartbeat_age_s: _Optional[float] = ..., assigned_requests: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., apart_from: _Optional[str] = ..., differing: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StatusReply(_message.Message):
     __slots__ = ("cluster", "version", "instances", "queued", "running", "finished", "failed", "cancelled", "leader", "leader_epoch", "store_reachable", "counters")
@@ -129,3 +146,91 @@ class ShutdownRequest(_message.Message):
 class ShutdownReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class Unanswered(_message.Message):
+    __slots__ = ("instance_id", "address", "error")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    address: str
+    error: _common_pb2.ErrorDetail
+    def __init__(self, instance_id: _Optional[str] = ..., address: _Optional[str] = ..., error: _Optional[_Union[_common_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
+
+class ListKvRequest(_message.Message):
+    __slots__ = ("instance_ids",)
+    INSTANCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    instance_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, instance_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ListKvReply(_message.Message):
+    __slots__ = ("books", "unanswered")
+    BOOKS_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
+    books: _containers.RepeatedCompositeFieldContainer[_audit_pb2.KvBooks]
+    unanswered: _containers.RepeatedCompositeFieldContainer[Unanswered]
+    def __init__(self, books: _Optional[_Iterable[_Union[_audit_pb2.KvBooks, _Mapping]]] = ..., unanswered: _Optional[_Iterable[_Union[Unanswered, _Mapping]]] = ...) -> None: ...
+
+class VerifyKvRequest(_message.Message):
+    __slots__ = ("instance_ids",)
+    INSTANCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    instance_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, instance_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class VerifyKvReply(_message.Message):
+    __slots__ = ("audits", "unanswered")
+    AUDITS_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
+    audits: _containers.RepeatedCompositeFieldContainer[_audit_pb2.KvAudit]
+    unanswered: _containers.RepeatedCompositeFieldContainer[Unanswered]
+    def __init__(self, audits: _Optional[_Iterable[_Union[_audit_pb2.KvAudit, _Mapping]]] = ..., unanswered: _Optional[_Iterable[_Union[Unanswered, _Mapping]]] = ...) -> None: ...
+
+class CollectKvRequest(_message.Message):
+    __slots__ = ("instance_ids", "apply")
+    INSTANCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    APPLY_FIELD_NUMBER: _ClassVar[int]
+    instance_ids: _containers.RepeatedScalarFieldContainer[str]
+    apply: bool
+    def __init__(self, instance_ids: _Optional[_Iterable[str]] = ..., apply: _Optional[bool] = ...) -> None: ...
+
+class CollectKvReply(_message.Message):
+    __slots__ = ("collections", "unanswered")
+    COLLECTIONS_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
+    collections: _containers.RepeatedCompositeFieldContainer[_audit_pb2.KvCollection]
+    unanswered: _containers.RepeatedCompositeFieldContainer[Unanswered]
+    def __init__(self, collections: _Optional[_Iterable[_Union[_audit_pb2.KvCollection, _Mapping]]] = ..., unanswered: _Optional[_Iterable[_Union[Unanswered, _Mapping]]] = ...) -> None: ...
+
+class DiagnoseRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Check(_message.Message):
+    __slots__ = ("health", "name", "subject", "detail")
+    HEALTH_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    health: Health
+    name: str
+    subject: str
+    detail: str
+    def __init__(self, health: _Optional[_Union[Health, str]] = ..., name: _Optional[str] = ..., subject: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class DiagnoseReply(_message.Message):
+    __slots__ = ("cluster", "version", "wall_clock_s", "from_ingress", "workers", "unanswered", "checks")
+    CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WALL_CLOCK_S_FIELD_NUMBER: _ClassVar[int]
+    FROM_INGRESS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
+    CHECKS_FIELD_NUMBER: _ClassVar[int]
+    cluster: str
+    version: str
+    wall_clock_s: float
+    from_ingress: _containers.RepeatedCompositeFieldContainer[_audit_pb2.PeerProbe]
+    workers: _containers.RepeatedCompositeFieldContainer[_audit_pb2.SelfReport]
+    unanswered: _containers.RepeatedCompositeFieldContainer[Unanswered]
+    checks: _containers.RepeatedCompositeFieldContainer[Check]
+    def __init__(self, cluster: _Optional[str] = ..., version: _Optional[str] = ..., wall_clock_s: _Optional[float] = ..., from_ingress: _Optional[_Iterable[_Union[_audit_pb2.PeerProbe, _Mapping]]] = ..., workers: _Optional[_Iterable[_Union[_audit_pb2.SelfReport, _Mapping]]] = ..., unanswered: _Optional[_Iterable[_Union[Unanswered, _Mapping]]] = ..., checks: _Optional[_Iterable[_Union[Check, _Mapping]]] = ...) -> None: ...

@@ -55,6 +55,26 @@ class AdminStub:
                 request_serializer=autan_dot_v1_dot_admin__pb2.ShutdownRequest.SerializeToString,
                 response_deserializer=autan_dot_v1_dot_admin__pb2.ShutdownReply.FromString,
                 _registered_method=True)
+        self.ListKv = channel.unary_unary(
+                '/autan.v1.Admin/ListKv',
+                request_serializer=autan_dot_v1_dot_admin__pb2.ListKvRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_admin__pb2.ListKvReply.FromString,
+                _registered_method=True)
+        self.VerifyKv = channel.unary_unary(
+                '/autan.v1.Admin/VerifyKv',
+                request_serializer=autan_dot_v1_dot_admin__pb2.VerifyKvRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_admin__pb2.VerifyKvReply.FromString,
+                _registered_method=True)
+        self.CollectKv = channel.unary_unary(
+                '/autan.v1.Admin/CollectKv',
+                request_serializer=autan_dot_v1_dot_admin__pb2.CollectKvRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_admin__pb2.CollectKvReply.FromString,
+                _registered_method=True)
+        self.Diagnose = channel.unary_unary(
+                '/autan.v1.Admin/Diagnose',
+                request_serializer=autan_dot_v1_dot_admin__pb2.DiagnoseRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_admin__pb2.DiagnoseReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -87,6 +107,32 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListKv(self, request, context):
+        """The books of KV blocks of the instances, see audit.proto. An instance that does not answer is named in the reply.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyKv(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectKv(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Diagnose(self, request, context):
+        """Who reaches whom, and who may hand over to whom.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +155,26 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Shutdown,
                     request_deserializer=autan_dot_v1_dot_admin__pb2.ShutdownRequest.FromString,
                     response_serializer=autan_dot_v1_dot_admin__pb2.ShutdownReply.SerializeToString,
+            ),
+            'ListKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKv,
+                    request_deserializer=autan_dot_v1_dot_admin__pb2.ListKvRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_admin__pb2.ListKvReply.SerializeToString,
+            ),
+            'VerifyKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyKv,
+                    request_deserializer=autan_dot_v1_dot_admin__pb2.VerifyKvRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_admin__pb2.VerifyKvReply.SerializeToString,
+            ),
+            'CollectKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectKv,
+                    request_deserializer=autan_dot_v1_dot_admin__pb2.CollectKvRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_admin__pb2.CollectKvReply.SerializeToString,
+            ),
+            'Diagnose': grpc.unary_unary_rpc_method_handler(
+                    servicer.Diagnose,
+                    request_deserializer=autan_dot_v1_dot_admin__pb2.DiagnoseRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_admin__pb2.DiagnoseReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -220,6 +286,114 @@ class Admin:
             '/autan.v1.Admin/Shutdown',
             autan_dot_v1_dot_admin__pb2.ShutdownRequest.SerializeToString,
             autan_dot_v1_dot_admin__pb2.ShutdownReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/autan.v1.Admin/ListKv',
+            autan_dot_v1_dot_admin__pb2.ListKvRequest.SerializeToString,
+            autan_dot_v1_dot_admin__pb2.ListKvReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/autan.v1.Admin/VerifyKv',
+            autan_dot_v1_dot_admin__pb2.VerifyKvRequest.SerializeToString,
+            autan_dot_v1_dot_admin__pb2.VerifyKvReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/autan.v1.Admin/CollectKv',
+            autan_dot_v1_dot_admin__pb2.CollectKvRequest.SerializeToString,
+            autan_dot_v1_dot_admin__pb2.CollectKvReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Diagnose(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/autan.v1.Admin/Diagnose',
+            autan_dot_v1_dot_admin__pb2.DiagnoseRequest.SerializeToString,
+            autan_dot_v1_dot_admin__pb2.DiagnoseReply.FromString,
             options,
             channel_credentials,
             insecure,

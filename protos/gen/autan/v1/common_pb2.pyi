@@ -138,7 +138,7 @@ class ErrorDetail(_message.Message):
     def __init__(self, code: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., retryable: _Optional[bool] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class Fingerprint(_message.Message):
-    __slots__ = ("model", "architecture", "weights_digest", "tokenizer_digest", "dtype", "block_tokens", "num_layers", "row_bytes", "kv_layout", "protocol_version")
+    __slots__ = ("model", "architecture", "weights_digest", "tokenizer_digest", "dtype", "block_tokens", "num_layers", "row_bytes", "kv_layout", "protocol_version", "template_digest")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +149,7 @@ class Fingerprint(_message.Message):
     ROW_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     model: str
     architecture: str
     weights_digest: str
@@ -159,7 +160,8 @@ class Fingerprint(_message.Message):
     row_bytes: int
     kv_layout: str
     protocol_version: int
-    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., block_tokens: _Optional[int] = ..., num_layers: _Optional[int] = ..., row_bytes: _Optional[int] = ..., kv_layout: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    template_digest: str
+    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., weights_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., block_tokens: _Optional[int] = ..., num_layers: _Optional[int] = ..., row_bytes: _Optional[int] = ..., kv_layout: _Optional[str] = ..., protocol_version: _Optional[int] = ..., template_digest: _Optional[str] = ...) -> None: ...
 
 class InstanceCard(_message.Message):
     __slots__ = ("instance_id", "role", "address", "fingerprint", "total_blocks", "vocab_size", "context_tokens", "max_batch_tokens", "max_running", "node", "ranks")

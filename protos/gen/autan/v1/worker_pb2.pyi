@@ -1,3 +1,4 @@
+from protos.gen.autan.v1 import audit_pb2 as _audit_pb2
 from protos.gen.autan.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -48,3 +49,37 @@ class GroupBeat(_message.Message):
     link_address: str
     link_token: bytes
     def __init__(self, incarnation: _Optional[int] = ..., link_address: _Optional[str] = ..., link_token: _Optional[bytes] = ...) -> None: ...
+
+class WorkerListKvRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerVerifyKvRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WorkerCollectKvRequest(_message.Message):
+    __slots__ = ("apply",)
+    APPLY_FIELD_NUMBER: _ClassVar[int]
+    apply: bool
+    def __init__(self, apply: _Optional[bool] = ...) -> None: ...
+
+class PeerAddress(_message.Message):
+    __slots__ = ("instance_id", "address", "incarnation")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    address: str
+    incarnation: int
+    def __init__(self, instance_id: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
+
+class WorkerDiagnoseRequest(_message.Message):
+    __slots__ = ("peers", "sink_address", "timeout_s")
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    SINK_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    peers: _containers.RepeatedCompositeFieldContainer[PeerAddress]
+    sink_address: str
+    timeout_s: float
+    def __init__(self, peers: _Optional[_Iterable[_Union[PeerAddress, _Mapping]]] = ..., sink_address: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...

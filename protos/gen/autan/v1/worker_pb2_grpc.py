@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from protos.gen.autan.v1 import audit_pb2 as autan_dot_v1_dot_audit__pb2
 from protos.gen.autan.v1 import worker_pb2 as autan_dot_v1_dot_worker__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -45,6 +46,26 @@ class WorkerStub:
                 request_serializer=autan_dot_v1_dot_worker__pb2.RankBeat.SerializeToString,
                 response_deserializer=autan_dot_v1_dot_worker__pb2.GroupBeat.FromString,
                 _registered_method=True)
+        self.ListKv = channel.unary_unary(
+                '/autan.v1.Worker/ListKv',
+                request_serializer=autan_dot_v1_dot_worker__pb2.WorkerListKvRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_audit__pb2.KvBooks.FromString,
+                _registered_method=True)
+        self.VerifyKv = channel.unary_unary(
+                '/autan.v1.Worker/VerifyKv',
+                request_serializer=autan_dot_v1_dot_worker__pb2.WorkerVerifyKvRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_audit__pb2.KvAudit.FromString,
+                _registered_method=True)
+        self.CollectKv = channel.unary_unary(
+                '/autan.v1.Worker/CollectKv',
+                request_serializer=autan_dot_v1_dot_worker__pb2.WorkerCollectKvRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_audit__pb2.KvCollection.FromString,
+                _registered_method=True)
+        self.Diagnose = channel.unary_unary(
+                '/autan.v1.Worker/Diagnose',
+                request_serializer=autan_dot_v1_dot_worker__pb2.WorkerDiagnoseRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_audit__pb2.SelfReport.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -65,6 +86,34 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListKv(self, request, context):
+        """Who owns which KV blocks here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyKv(self, request, context):
+        """Compares the books with the engine and the engine with itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectKv(self, request, context):
+        """Gives back what nobody owns; only says so unless `apply` is set.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Diagnose(self, request, context):
+        """What this process says of itself, and how it reaches those that are named.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +126,26 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.JoinGroup,
                     request_deserializer=autan_dot_v1_dot_worker__pb2.RankBeat.FromString,
                     response_serializer=autan_dot_v1_dot_worker__pb2.GroupBeat.SerializeToString,
+            ),
+            'ListKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKv,
+                    request_deserializer=autan_dot_v1_dot_worker__pb2.WorkerListKvRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_audit__pb2.KvBooks.SerializeToString,
+            ),
+            'VerifyKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyKv,
+                    request_deserializer=autan_dot_v1_dot_worker__pb2.WorkerVerifyKvRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_audit__pb2.KvAudit.SerializeToString,
+            ),
+            'CollectKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.CollectKv,
+                    request_deserializer=autan_dot_v1_dot_worker__pb2.WorkerCollectKvRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_audit__pb2.KvCollection.SerializeToString,
+            ),
+            'Diagnose': grpc.unary_unary_rpc_method_handler(
+                    servicer.Diagnose,
+                    request_deserializer=autan_dot_v1_dot_worker__pb2.WorkerDiagnoseRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_audit__pb2.SelfReport.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +203,114 @@ class Worker:
             '/autan.v1.Worker/JoinGroup',
             autan_dot_v1_dot_worker__pb2.RankBeat.SerializeToString,
             autan_dot_v1_dot_worker__pb2.GroupBeat.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/autan.v1.Worker/ListKv',
+            autan_dot_v1_dot_worker__pb2.WorkerListKvRequest.SerializeToString,
+            autan_dot_v1_dot_audit__pb2.KvBooks.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/autan.v1.Worker/VerifyKv',
+            autan_dot_v1_dot_worker__pb2.WorkerVerifyKvRequest.SerializeToString,
+            autan_dot_v1_dot_audit__pb2.KvAudit.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/autan.v1.Worker/CollectKv',
+            autan_dot_v1_dot_worker__pb2.WorkerCollectKvRequest.SerializeToString,
+            autan_dot_v1_dot_audit__pb2.KvCollection.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Diagnose(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/autan.v1.Worker/Diagnose',
+            autan_dot_v1_dot_worker__pb2.WorkerDiagnoseRequest.SerializeToString,
+            autan_dot_v1_dot_audit__pb2.SelfReport.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,175 @@
+"""Looks at the books of this worker, checks them, and gives back what nobody owns. The rules are in kv_books."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+
+from protos.contract.errors import StaleEpoch
+from protos.wire import audit
+from workers.engine_api.protocol import Engine
+from workers.engine_api.types import BlockOwner, EngineStats
+from workers.kv_transfer.ledger import Entry, Ledger, Side
+from workers.kv_transfer.receiver import Receiver
+from workers.service import kv_books
+from workers.service.assignments import Assignments
+from workers.service.engine_thread import EngineThread
+from workers.service.handoff_tasks import HandoffTasks
+from workers.service.kv_books import RequestKey, Snapshot
+from workers.service.membership import Membership
+from workers.service.store import WorkerStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditContext:
+    """Whose books there are."""
+
+    me: Membership
+    engine: EngineThread
+    store: WorkerStore
+    assignments: Assignments
+    ledger: Ledger
+    handoffs: HandoffTasks
+    receiver: Receiver
+
+
+@dataclass(frozen=True, slots=True)
+class _EngineLook:
+    owners: tuple[BlockOwner, ...]
+    stats: EngineStats
+    integrity: str
+
+
+class KvAudit:
+    """Everything runs on the event loop but the look into the engine, which runs between two of its steps."""
+
+    def __init__(self, context: AuditContext) -> None:
+        self._context = context
+
+    async def list(self) -> audit.KvBooks:
+        """Who owns which blocks. Raises EngineFailure when the engine is gone."""
+        snapshot, _ = await self._look(check=False)
+        return self._books(snapshot)
+
+    async def verify(self) -> audit.KvAudit:
+        """The books against the engine, and the engine against itself. Raises EngineFailure when the engine is gone."""
+        started_s = time.monotonic()
+        snapshot, integrity = await self._look(check=True)
+        found = kv_books.findings(snapshot, integrity)
+        for one in found:
+            logger.warning("kv verify: %s %s %d: %s", one.kind, one.request_id, one.epoch, one.detail)
+        return audit.KvAudit(books=self._books(snapshot), findings=found, took_s=time.monotonic() - started_s)
+
+    async def collect(self, apply: bool) -> audit.KvCollection:
+        """Gives back what is provably ownerless, or says what it would give back.
+
+        Raises StoreUnavailable, and gives nothing back, when Redis cannot prove it; EngineFailure when the engine is gone.
+        """
+        context = self._context
+        snapshot, _ = await self._look(check=False)
+        returns: list[audit.KvReturn] = []
+        for entry in kv_books.overdue(snapshot):
+            returns.append(await self._transfer(entry, apply))
+        for owner in kv_books.orphans(snapshot):
+            returns.append(await self._orphan(owner, apply))
+        leaked = snapshot.stats.leaked_blocks
+        if leaked:
+            blocks = await context.engine.call(lambda engine: engine.reclaim_leaked()) if apply else leaked
+            returns.append(
+                audit.KvReturn(kind="leaked", blocks=blocks, why="no sequence and no pin refers to them", done=apply)
+            )
+        for one in returns:
+            if one.done:
+                logger.warning(
+                    "kv gc gave back %d blocks: %s %s %d: %s", one.blocks, one.kind, one.request_id, one.epoch, one.why
+                )
+        return audit.KvCollection(
+            instance_id=context.me.instance_id, incarnation=context.me.number, applied=apply, returns=returns
+        )
+
+    async def _transfer(self, entry: Entry, apply: bool) -> audit.KvReturn:
+        context, key = self._context, (entry.key.request_id, entry.key.epoch)
+        found = audit.KvReturn(kind="overdue", request_id=key[0], epoch=key[1], blocks=entry.blocks)
+        why = await self._proof(key)
+        if why is None:
+            found.kept_because = "Redis has the request alive at this epoch"
+            return found
+        found.why = f"its lease is over and {why}"
+        if not apply:
+            return found
+        if entry.key.side is Side.RECEIVE:
+            context.receiver.abort_request(*key, StaleEpoch(f"{key[0]}: given back, {why}"))
+            found.done = True
+        elif context.handoffs.cancel_key(*key):
+            found.done = True
+        else:
+            await context.engine.let_go(*key)
+            if context.ledger.is_open(entry.key):
+                context.ledger.release(entry.key)
+            found.done = True
+        return found
+
+    async def _orphan(self, owner: BlockOwner, apply: bool) -> audit.KvReturn:
+        key = (owner.request_id, owner.epoch)
+        found = audit.KvReturn(kind="orphan", request_id=key[0], epoch=key[1], blocks=owner.blocks)
+        why = await self._proof(key)
+        if why is None:
+            found.kept_because = "Redis has the request alive at this epoch"
+            return found
+        found.why = f"no assignment has it and {why}"
+        if apply and key not in self._known():
+            await self._context.engine.let_go(*key)
+            found.done = True
+        return found
+
+    async def _proof(self, key: RequestKey) -> str | None:
+        if not kv_books.askable(key[0]):
+            return "its id was never submitted"
+        return kv_books.proof(key, await self._context.store.holder_of(key[0]))
+
+    async def _look(self, check: bool) -> tuple[Snapshot, str]:
+        context = self._context
+        known, open_before = self._known(), self._open()
+
+        def look(engine: Engine) -> _EngineLook:
+            integrity = ""
+            if check:
+                try:
+                    engine.check_integrity()
+                except AssertionError as error:
+                    integrity = str(error) or "the engine's books do not agree"
+            return _EngineLook(engine.block_owners(), engine.stats(), integrity)
+
+        seen = await context.engine.call(look)
+        snapshot = Snapshot(
+            instance_id=context.me.instance_id,
+            incarnation=context.me.number,
+            stats=seen.stats,
+            owners=seen.owners,
+            entries=context.ledger.entries(),
+            steady=open_before & self._open(),
+            known=known | self._known(),
+            opened=context.ledger.opened,
+            released=context.ledger.released,
+            now_s=time.monotonic(),
+        )
+        return snapshot, seen.integrity
+
+    def _known(self) -> frozenset[RequestKey]:
+        context = self._context
+        assigned = ((a.request_id, a.epoch) for a in context.assignments.all())
+        entries = ((e.key.request_id, e.key.epoch) for e in context.ledger.entries())
+        return frozenset((*assigned, *entries, *context.handoffs.keys()))
+
+    def _open(self) -> frozenset[tuple[RequestKey, Side]]:
+        entries = self._context.ledger.entries()
+        return frozenset(((e.key.request_id, e.key.epoch), e.key.side) for e in entries)
+
+    def _books(self, snapshot: Snapshot) -> audit.KvBooks:
+        made = kv_books.books(snapshot)
+        made.pid = os.getpid()
+        return made
