@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import typer
@@ -11,6 +10,7 @@ from orchestrator.cli.connect import Cluster, Json, Timeout, with_client
 from orchestrator.cli.kv import message_json, unanswered_json
 from orchestrator.cli.output import print_json, print_table, stdout
 from orchestrator.client import AsyncClient
+from orchestrator.ingress.clock import wall_clock_s
 from protos.wire import admin
 
 _MAX_OFFSET_S = 1.0
@@ -22,7 +22,7 @@ def doctor(cluster: Cluster = None, timeout: Timeout = 15.0, as_json: Json = Fal
 
     async def examine(client: AsyncClient) -> tuple[admin.DiagnoseReply, float]:
         reply = await client.diagnose()
-        return reply, time.time()
+        return reply, wall_clock_s()
 
     reply, here_s = with_client(examine, cluster, timeout)
     offset_s = reply.wall_clock_s - here_s

@@ -1,4 +1,4 @@
-"""The wall clock, for the two things that people date: the expiry of keys, and the day that a chat template may print."""
+"""The wall clock, for what people date: the expiry of keys, the day that a chat template may print, the doctor's offsets."""
 
 from __future__ import annotations
 

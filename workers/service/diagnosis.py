@@ -21,6 +21,7 @@ from protos.contract.errors import AutanError, InvalidRequest
 from protos.contract.redis_names import PROTOCOL_VERSION
 from protos.rpc import error_of, open_channel, worker_pb2_grpc
 from protos.wire import audit, common, differing_fields, worker
+from workers.service.clock import wall_clock_s
 from workers.service.membership import Membership
 from workers.service.store import WorkerStore
 
@@ -76,7 +77,7 @@ class Diagnosis:
             python=platform.python_version(),
             protocol_version=PROTOCOL_VERSION,
             fingerprint=context.fingerprint,
-            wall_clock_s=time.time(),
+            wall_clock_s=wall_clock_s(),
             shared_memory=shared_memory_name(),
         )
 
@@ -107,7 +108,7 @@ class Diagnosis:
         """Round trip and how far Redis TIME is ahead of this wall clock, seconds; None when Redis does not answer."""
         try:
             await self._context.store.time_s()  # the first call may have to connect
-            sent_s, began_s = time.time(), time.monotonic()
+            sent_s, began_s = wall_clock_s(), time.monotonic()
             there_s = await self._context.store.time_s()
         except AutanError:
             return None
@@ -121,7 +122,7 @@ class Diagnosis:
             request = worker.WorkerDiagnoseRequest(timeout_s=_TIMEOUT_S[0])
             try:
                 await asyncio.wait_for(channel.channel_ready(), timeout_s)
-                sent_s, began_s = time.time(), time.monotonic()
+                sent_s, began_s = wall_clock_s(), time.monotonic()
                 reply: audit.SelfReport = await stub.Diagnose(request, timeout=timeout_s)
             except TimeoutError:
                 probe.error = f"no connection within {timeout_s:g} s"
