@@ -131,6 +131,19 @@ def test_a_bad_request_is_refused_with_a_sentence(
     assert all(one["kv_blocks"]["used"] == 0 for one in served.json("status")["instances"])
 
 
+def test_the_books_and_the_doctor_as_commands(served: Autan) -> None:
+    listed = served.json("kv", "ls")
+    assert [one["instance_id"] for one in listed["instances"]] == ["decode-0", "prefill-0"] and not listed["unanswered"]
+    verified = served.json("kv", "verify", "decode-0")
+    assert [(one["instance_id"], one["findings"]) for one in verified["instances"]] == [("decode-0", [])]
+    assert [one["applied"] for one in served.json("kv", "gc")["instances"]] == [False, False]
+    assert served("kv", "gc", "--apply").stdout.strip() == "nothing to give back"
+    report = served.json("doctor")
+    assert report["healthy"] and {(row["from"], row["instance_id"]) for row in report["matrix"]} >= {("prefill-0", "decode-0")}
+    assert served("doctor").returncode == 0 and "BROKEN" not in served("doctor").stdout
+    assert served("kv", "ls", "nobody").returncode == 2
+
+
 def test_bad_files_exit_with_2_and_name_the_place(autan: Autan) -> None:
     unknown = cluster_values("bad")
     unknown["pools"][0]["engine"]["num_blokcs"] = 3

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
+from orchestrator.ingress.admin_service import mark_apart
 from orchestrator.policy.contract import Member, set_apart
+from protos.wire import admin, common
 
 
 def member(name: str, fingerprint: str = "f", model: str = "m", decodes: bool = True) -> Member:
@@ -33,3 +35,16 @@ def test_the_answer_does_not_depend_on_the_order() -> None:
         assert set_apart(rng.sample(members, len(members))) == apart
         kept = {(one.model, one.fingerprint) for one in members if one.instance_id not in apart}
         assert len(kept) == len({one.model for one in members}), "one fingerprint for each model"
+
+
+def test_status_names_the_fields_in_which_an_instance_differs() -> None:
+    def instance(name: str, template: str, state: common.InstanceState) -> admin.InstanceStatus:
+        fingerprint = common.Fingerprint(model="m", template_digest=template)
+        card = common.InstanceCard(fingerprint=fingerprint)
+        return admin.InstanceStatus(instance_id=name, role=common.ROLE_COMBINED, state=state, card=card)
+
+    ready, lost = common.INSTANCE_STATE_READY, common.INSTANCE_STATE_LOST
+    shown = [instance("a", "1", ready), instance("b", "1", ready), instance("c", "2", ready), instance("d", "3", lost)]
+    mark_apart(shown)
+    assert [one.apart_from for one in shown] == ["", "", "a", ""]
+    assert list(shown[2].differing) == ["template_digest: '1' != '2'"]
