@@ -18,6 +18,9 @@ class WorkerSpec(Section):
     `model_dir` is the checkpoint folder on the worker's node, none for the oracle. `node_address` is the address that the
     instance advertises, none for loopback. `head_address` is that of rank 0 for ranks above it, when it is known already.
 
+    `handoff_keys_file` holds the keys of capabilities (protos/contract/capability.py), read again when it changes; none:
+    hand-offs are taken without a capability, which is for bare workers in tests.
+
     `failpoints` is for tests only and empty in production: `{"handoff.mid_push#3": "kill"}` ends the process at the third
     pass of that point. Points and actions are in workers/service/failpoints.py.
     """
@@ -38,4 +41,5 @@ class WorkerSpec(Section):
     head_address: str | None = None
     node_address: str | None = None
     store_timeout_s: Seconds = 1.0
+    handoff_keys_file: str | None = None
     failpoints: dict[str, str] = Field(default_factory=dict)

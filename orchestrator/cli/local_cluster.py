@@ -21,12 +21,14 @@ from orchestrator.ingress.model import ServedModel, load_served_model
 from orchestrator.ingress.parts import IngressSettings
 from orchestrator.ingress.server import IngressServer
 from orchestrator.ingress.tasks import end_tasks
+from orchestrator.runtime.capabilities import signer
 from orchestrator.runtime.fleet import Fleet
 from orchestrator.runtime.launcher import Launcher
 from orchestrator.runtime.loop import CoreLoop, settings_of
 from orchestrator.runtime.run_dir import RunDir
 from orchestrator.store.client import Store
 from orchestrator.store.embedded import EmbeddedValkey
+from protos.contract.capability import KeyFile, make_key_file
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +111,26 @@ class LocalCluster:
         # Before the first socket of gRPC: Ray forks with handlers, and a fork beside gRPC's threads may abort the child.
         node_address = await self.launcher.node_address()
         await self._start_ingress(load_served_model(config.model.name, card, self.model_dir), node_address)
-        self.core = CoreLoop(self.store, settings_of(config), f"core-{secrets.token_hex(4)}")
+        key_file = self._handoff_keys()
+        sign = signer(lambda: key_file.keys)
+        self.core = CoreLoop(self.store, settings_of(config), f"core-{secrets.token_hex(4)}", sign=sign)
         self._run("core", self.core.run())
         self.fleet = Fleet(
-            config, self.launcher, self.store, store_url=self.store_url, model_dir=self.model_dir, failpoints=self._failpoints
+            config,
+            self.launcher,
+            self.store,
+            store_url=self.store_url,
+            model_dir=self.model_dir,
+            failpoints=self._failpoints,
+            handoff_keys_file=self.run_dir.handoff_keys,
         )
         await self.fleet.start(self._progress)
         self._run("fleet", self.fleet.keep_watch())
         self.run_dir.publish(self.endpoint, autan_version())
+
+    def _handoff_keys(self) -> KeyFile:
+        make_key_file(self.run_dir.handoff_keys)
+        return KeyFile(self.run_dir.handoff_keys)
 
     def _served_card(self) -> ModelCard:
         """The model's card with the context that the pools can hold: a longer request is refused, not left waiting."""

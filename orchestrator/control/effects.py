@@ -37,6 +37,8 @@ class Assignment:
     decode_incarnation: Incarnation
     prefill_blocks: int
     decode_blocks: int
+    block_bytes: int = 0  # KV bytes of one block over all layers; 0: not known
+    deadline_ms: int = 0  # of the request, on the clock of Redis
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,8 @@ class _Turn:
             target.incarnation,
             placement.prefill_blocks,
             placement.decode_blocks,
+            target.capabilities.block_bytes if target.capabilities is not None else 0,
+            request.deadline_ms,
         )
         board.charge(request, placement)
         self.assignments.append((assignment, request.prefill_tokens))

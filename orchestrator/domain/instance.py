@@ -92,6 +92,7 @@ class Capabilities:
     context_tokens: int
     max_batch_tokens: int  # token budget of one engine step
     max_running: int  # sequences in one engine step
+    block_bytes: int = 0  # KV bytes of one block over all layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,22 +11,27 @@ from orchestrator.control.effects import Effect
 from orchestrator.control.events import Event
 from orchestrator.domain.ids import Epoch, InstanceId, LeaderEpoch, RequestId
 from orchestrator.domain.request import RequestState
+from orchestrator.runtime.capabilities import Sign, unsigned
 from orchestrator.runtime.views import cluster_view
 from orchestrator.store.client import Store
 from orchestrator.store.replies import Placement
 from protos.contract.errors import CapacityError, NotLeader, UnavailableError
 
 
-async def carry_out(effect: Effect, store: Store, candidate_id: str) -> Event:
+async def carry_out(effect: Effect, store: Store, candidate_id: str, sign: Sign = unsigned) -> Event:
     """Does what the effect says, once, and returns its outcome; a store that does not answer is the outcome StoreLost.
+
+    `sign` makes the capability of each hand-off that is assigned.
 
     Raises TypeError for an effect that has no answer or is none, and lets the library's refusals (InternalError) and
     wrong credentials (ConfigError) through: neither goes away by trying again.
     """
     handler = _HANDLERS.get(type(effect))
-    if handler is None:
-        raise TypeError(f"not an effect with an answer: {effect!r}")
     try:
+        if isinstance(effect, do.Assign):
+            return await _assign(effect, store, candidate_id, sign)
+        if handler is None:
+            raise TypeError(f"not an effect with an answer: {effect!r}")
         return await handler(effect, store, candidate_id)
     except (UnavailableError, CapacityError) as error:
         return on.StoreLost(str(error))
@@ -46,7 +51,7 @@ async def _read_view(effect: do.ReadView, store: Store, _candidate_id: str) -> E
     return on.ViewRead(effect.number, cluster_view(await store.view(effect.queue_limit)))
 
 
-async def _assign(effect: do.Assign, store: Store, candidate_id: str) -> Event:
+async def _assign(effect: do.Assign, store: Store, candidate_id: str, sign: Sign) -> Event:
     placements = [
         Placement(
             item.request_id,
@@ -57,6 +62,7 @@ async def _assign(effect: do.Assign, store: Store, candidate_id: str) -> Event:
             item.decode_incarnation,
             item.prefill_blocks,
             item.decode_blocks,
+            sign(item),
         )
         for item in effect.items
     ]
@@ -93,6 +99,5 @@ async def _reap(effect: do.Reap, store: Store, candidate_id: str) -> Event:
 _HANDLERS: dict[type[Effect], Callable[[Any, Store, str], Awaitable[Event]]] = {
     do.Lead: _lead,
     do.ReadView: _read_view,
-    do.Assign: _assign,
     do.Reap: _reap,
 }

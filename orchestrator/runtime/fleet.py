@@ -32,6 +32,7 @@ def groups_of(
     store_url: str,
     model_dir: Path | None = None,
     failpoints: Mapping[str, Mapping[str, str]] | None = None,
+    handoff_keys_file: Path | None = None,
 ) -> list[InstanceGroup]:
     """Every instance of every pool, named `<pool>-<index>`, in the order of the file. `failpoints` by instance, for tests."""
     return [
@@ -52,6 +53,7 @@ def groups_of(
                     timing=config.timing,
                     scheduling=config.scheduling,
                     store_timeout_s=config.store.timeout_s,
+                    handoff_keys_file=str(handoff_keys_file) if handoff_keys_file is not None else None,
                     failpoints=dict((failpoints or {}).get(instance_id, {})),
                 )
                 for rank in range(pool.ranks)
@@ -82,11 +84,18 @@ class Fleet:
         store_url: str,
         model_dir: Path | None = None,
         failpoints: Mapping[str, Mapping[str, str]] | None = None,
+        handoff_keys_file: Path | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.groups = {
             group.instance_id: group
-            for group in groups_of(config, store_url=store_url, model_dir=model_dir, failpoints=failpoints)
+            for group in groups_of(
+                config,
+                store_url=store_url,
+                model_dir=model_dir,
+                failpoints=failpoints,
+                handoff_keys_file=handoff_keys_file,
+            )
         }
         self._launcher = launcher
         self._store = store

@@ -23,6 +23,7 @@ from orchestrator.control.settings import CoreSettings
 from orchestrator.control.story import Recorder, story
 from orchestrator.domain.clock import Clock, SystemClock
 from orchestrator.policy.placement import PlacementRules
+from orchestrator.runtime.capabilities import Sign, unsigned
 from orchestrator.runtime.effects import carry_out
 from orchestrator.store.client import Store
 from protos.contract.redis_names import core_channel
@@ -61,9 +62,11 @@ class CoreLoop:
         candidate_id: str,
         clock: Clock | None = None,
         recorder: Recorder | None = None,
+        sign: Sign = unsigned,
     ) -> None:
         self._store = store
         self._candidate_id = candidate_id
+        self._sign = sign
         self._clock = clock or SystemClock()
         self._core = OrchestratorCore(settings, self._clock.now_s())
         self._recorder = recorder or Recorder()
@@ -131,7 +134,7 @@ class CoreLoop:
 
     async def _carry_out(self, effect: Effect) -> None:
         async with self._calls:
-            event = await carry_out(effect, self._store, self._candidate_id)
+            event = await carry_out(effect, self._store, self._candidate_id, self._sign)
         is_away = isinstance(event, on.StoreLost)
         if self._is_store_away and not is_away:
             self._events.append(on.StoreBack())

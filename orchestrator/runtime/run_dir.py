@@ -46,6 +46,11 @@ class RunDir:
         """Folder of the processes' logs."""
         return self.path / "logs"
 
+    @property
+    def handoff_keys(self) -> Path:
+        """Keys of the capabilities of hand-offs, see protos.contract.capability."""
+        return self.path / "handoff.keys"
+
     def acquire(self) -> None:
         """Makes the folders and takes the lock; the lock goes with the process, however it ends.
 

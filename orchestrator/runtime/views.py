@@ -84,4 +84,5 @@ def capabilities(card: bytes) -> Capabilities | None:
         context_tokens=parsed.context_tokens,
         max_batch_tokens=parsed.max_batch_tokens,
         max_running=parsed.max_running,
+        block_bytes=print_of.block_tokens * print_of.num_layers * print_of.row_bytes,
     )

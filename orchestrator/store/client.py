@@ -214,7 +214,7 @@ class Store:
             arguments: list[Argument] = [leader_id, leader_epoch, lease_ms, len(part)]
             for at in part:
                 arguments += (at.request_id, at.expected_epoch, at.p_inst, at.p_inc, at.d_inst, at.d_inc)
-                arguments += (at.p_blocks, at.d_blocks)
+                arguments += (at.p_blocks, at.d_blocks, at.capability)
             cursor = await self._call(Fn.ASSIGN, *arguments)
             cursor.leading_code()
             outcomes += [replies.AssignOutcome(cursor.code(), cursor.number()) for _ in part]

@@ -172,6 +172,7 @@ class Placement:
     d_inc: int
     p_blocks: int
     d_blocks: int
+    capability: bytes = b""  # of the hand-off, for the prefill instance to show
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,6 @@ class Expectation:
     request: EngineRequest
     source_instance: str
     source_incarnation: int
-    capability: bytes = b""
 
     @property
     def num_tokens(self) -> int:
@@ -66,8 +65,8 @@ def check_addressee(claim: kv.OpenRequest, here: Addressee) -> None:
 def check_expected(claim: kv.OpenRequest, expected: Expectation, here: Addressee) -> None:
     """Compares what the sender claims with what Redis assigned.
 
-    Raises StaleEpoch or StaleIncarnation when the sender is not (any more) the assigned one, BadFrame when a number, a hash
-    or the capability is not what it must be.
+    Raises StaleEpoch or StaleIncarnation when the sender is not (any more) the assigned one, BadFrame when a number or a hash
+    is not what it must be.
     """
     request = expected.request
     if claim.epoch != request.epoch:
@@ -78,8 +77,6 @@ def check_expected(claim: kv.OpenRequest, expected: Expectation, here: Addressee
             f"{claim.request_id}: comes from {source[0]} incarnation {source[1]}, assigned is "
             f"{expected.source_instance} incarnation {expected.source_incarnation}"
         )
-    if claim.capability.SerializeToString(deterministic=True) != expected.capability:
-        raise BadFrame(f"{claim.request_id}: the capability is not the one of the assignment")
     num_blocks = -(-expected.num_tokens // here.layout.block_tokens)
     if (claim.num_tokens, claim.num_blocks) != (expected.num_tokens, num_blocks):
         raise BadFrame(

@@ -14,8 +14,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 from weakref import WeakValueDictionary
 
-from protos.contract.errors import AutanError, BadFrame, FenceError, HandoffTimeout, InternalError, PeerUnavailable, StaleEpoch
+from protos.contract.errors import (
+    AutanError,
+    AuthError,
+    BadFrame,
+    FenceError,
+    HandoffTimeout,
+    InternalError,
+    PeerUnavailable,
+    StaleEpoch,
+)
 from protos.wire import common, error_to_wire, fingerprint_key, kv
+from workers.kv_transfer.authority import Authority, StoreClock
 from workers.kv_transfer.claims import Addressee, Expectation, check_addressee, check_end, check_expected
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.digest import DigestScope
@@ -46,6 +56,7 @@ class Receiver:
         counters: TransferCounters,
         limits: ReceiveLimits,
         reach: Callable[[str], Awaitable[None]] = _pass,
+        authority: Authority | None = None,
     ) -> None:
         self._port = port
         self._hooks = hooks
@@ -53,6 +64,7 @@ class Receiver:
         self._counters = counters
         self._limits = limits
         self._reach = reach
+        self._authority = authority or Authority(None, StoreClock())
         self._table = TransferTable()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -63,13 +75,20 @@ class Receiver:
     async def open(self, claim: kv.OpenRequest) -> kv.OpenReply:
         """Reserves blocks and grants credit, or answers a repeated open with the state of the same transfer.
 
-        Raises BadFrame, FingerprintMismatch, StaleIncarnation, StaleEpoch, or OutOfBlocks with a time to come back.
+        Raises Unauthenticated, BadFrame, FingerprintMismatch, StaleIncarnation, StaleEpoch, or OutOfBlocks with a time to
+        come back.
         """
         try:
             here = self._hooks.here()
+            known = self._table.of_request(claim.request_id)
+            is_here = known is not None and known.epoch == claim.epoch
+            self._authority.admit(claim, here.layout.block_bytes, is_here=is_here)
             check_addressee(claim, here)
             # A caller that hangs up must not leave a reservation that nobody knows of: the work goes on without it.
             return await asyncio.shield(self._spawn(self._open(claim, here)))
+        except AuthError as error:
+            logger.warning("an open of %.64r from %.64r is refused: %s", claim.request_id, claim.source_instance, error)
+            raise
         except FenceError:
             self._counters.stale_refused += 1
             raise
@@ -114,6 +133,7 @@ class Receiver:
             return
         if transfer.lifecycle.state in (ReceiveState.OPEN, ReceiveState.RECEIVING):
             await self._abort(transfer, HandoffTimeout(f"{transfer.request_id}: closed by the sender"))
+            self._authority.spend(transfer.request_id, transfer.epoch)
 
     # -- from the rest of the process -----------------------------------------------------------------------------------
 
@@ -316,6 +336,7 @@ class Receiver:
             await self._abort(transfer, failure)
             raise failure from error
         transfer.lifecycle.move(ReceiveState.COMMITTED)
+        self._authority.spend(request_id, epoch)
         self._ledger.release(transfer.key)
         transfer.touched_s = time.monotonic()
         return kv.Commit(epoch=epoch, blocks=transfer.num_blocks)

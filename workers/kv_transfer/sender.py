@@ -63,7 +63,7 @@ class HandoffJob:
     target_instance: str
     target_incarnation: int
     fingerprint: common.Fingerprint
-    capability: bytes = b""  # serialised kv.Capability; empty until capabilities are signed
+    capability: bytes = b""  # serialised kv.Capability; empty where none is needed
 
     @property
     def num_tokens(self) -> int:

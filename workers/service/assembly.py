@@ -11,6 +11,7 @@ from protos.contract.errors import AutanError
 from protos.rpc import channel_options
 from protos.wire import common
 from workers.engine_api.protocol import Engine
+from workers.kv_transfer.authority import Authority
 from workers.kv_transfer.claims import Addressee
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.hooks import ReceiveLimits
@@ -47,6 +48,7 @@ class Base:
     failpoints: Failpoints
     poll_inbox: Callable[[], None]
     beat_soon: Callable[[], None]
+    authority: Authority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +225,7 @@ def _receiver(base: Base, arrivals: Arrivals, ledger: Ledger, counters: Transfer
             remember_s=timing.kv_lease_s,
         ),
         reach=base.failpoints.reach,
+        authority=base.authority,
     )
 
 

@@ -81,6 +81,7 @@ class Assignment:
     progress_s: float
     chunks: int = 0
     cached_tokens: int = 0
+    capability: bytes = b""  # of the hand-off to the peer
     timeline: common.Timeline | None = None
     lifecycle: Lifecycle[Stage] = field(init=False)
 

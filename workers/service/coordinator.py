@@ -145,6 +145,7 @@ class Coordinator:
             ingress_address=entry.ingress_address,
             queued_s=entry.queued_s,
             attempts=entry.attempts,
+            capability=entry.capability,
             started_s=now_s,
             progress_s=now_s,
         )

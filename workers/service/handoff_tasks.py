@@ -83,6 +83,7 @@ class HandoffTasks:
             target_instance=assignment.peer_instance,
             target_incarnation=assignment.peer_incarnation,
             fingerprint=fingerprint,
+            capability=assignment.capability,
         )
         handoff = Handoff(job, self._channel(assignment.peer_address), self._context)
         running = _Running(assignment.peer_address, handoff, asyncio.create_task(handoff.run()))

@@ -16,11 +16,13 @@ from grpc_health.v1 import health_pb2_grpc
 
 from configs.address import parse_address
 from configs.worker_spec import WorkerSpec
+from protos.contract.capability import KeyFile, Keyring
 from protos.contract.errors import AutanError, ConfigError, EngineFailure, ModelError
 from protos.rpc import GuardInterceptor, server_options, worker_pb2_grpc
 from protos.wire import common, worker
 from workers.engine_api.group import GroupDoor
 from workers.engine_api.protocol import Engine
+from workers.kv_transfer.authority import Authority
 from workers.service.assembly import Assembly, Base, assemble, wire_options
 from workers.service.build import build_head, build_share
 from workers.service.engine_thread import EngineThread, StepEvent
@@ -171,6 +173,7 @@ class WorkerHost:
                 failpoints=self._failpoints,
                 poll_inbox=lambda: self._inbox.poll_soon() if self._inbox else None,
                 beat_soon=lambda: self._renewals.beat_soon() if self._renewals else None,
+                authority=Authority(self._handoff_keys(), self._store.clock),
             )
         )
         self._renewals = self._make_renewals(self._parts)
@@ -189,6 +192,13 @@ class WorkerHost:
         await self._register()
         for loop in (self._inbox.run(), self._renewals.run(), self._parts.receiver.run(), self._watch_health()):
             self._tasks.spawn(self._guard(loop))
+
+    def _handoff_keys(self) -> Callable[[], Keyring] | None:
+        """Raises ConfigError for keys that cannot be used."""
+        if self.spec.handoff_keys_file is None:
+            return None
+        file = KeyFile(Path(self.spec.handoff_keys_file))
+        return lambda: file.keys
 
     def _make_renewals(self, parts: Assembly) -> Renewals:
         return Renewals(

@@ -27,6 +27,7 @@ from protos.contract.errors import AutanError, InternalError, StaleEpoch, StaleI
 from protos.contract.redis_names import Code, Fn, InboxKind, base_key, instance_channel
 from protos.wire import error_to_wire
 from protos.wire import store as records
+from workers.kv_transfer.authority import StoreClock
 from workers.kv_transfer.sender import Holder
 
 _AWAY = ("MISCONF", "BUSY", "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS")
@@ -50,6 +51,7 @@ class InboxEntry:
     ingress_address: str = ""
     queued_s: float = 0.0
     attempts: int = 0
+    capability: bytes = b""  # to show the peer when the hand-off opens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,7 @@ class WorkerStore:
     def __init__(self, url: str, cluster: str, timeout_s: float) -> None:
         self._base = base_key(cluster)
         self._cluster = cluster
+        self.clock = StoreClock()
         self._redis = redis.asyncio.Redis.from_url(
             url,
             socket_timeout=timeout_s,
@@ -112,7 +115,8 @@ class WorkerStore:
         reply = await self._call(Fn.PICK, instance_id, incarnation, ack_seq, max_n, int(lease_s * 1000))
         _current(reply, instance_id, incarnation)
         now_ms, count, fields = int(reply[1]), int(reply[2]), reply[3:]
-        return tuple(_entry(fields[14 * at : 14 * at + 14], now_ms) for at in range(count))
+        self.clock.heard(now_ms)
+        return tuple(_entry(fields[15 * at : 15 * at + 15], now_ms) for at in range(count))
 
     async def renew(
         self, instance_id: str, incarnation: int, *, state: str, stats: bytes, lease_s: float, held: Sequence[Held]
@@ -242,4 +246,5 @@ def _entry(fields: Sequence[Any], now_ms: int) -> InboxEntry:
         ingress_address=_text(fields[10]),
         queued_s=max(0, now_ms - submitted_ms) / 1000 if submitted_ms else 0.0,
         attempts=int(fields[13] or 0),
+        capability=bytes(fields[14]),
     )

@@ -1,6 +1,6 @@
 -- autan_assign: the leader places queued requests on a prefill and a decode instance.
 -- ARGV  leader_id, leader_epoch, lease_ms, k (at most 64),
---       then k x (id, expected_epoch, p_inst, p_inc, d_inst, d_inc, p_blocks, d_blocks)
+--       then k x (id, expected_epoch, p_inst, p_inc, d_inst, d_inc, p_blocks, d_blocks, capability)
 -- Reply OK, then k x (code, epoch): OK with the new epoch, else with the current one (0 when GONE):
 --       STALE  another epoch; an instance that is missing, of another incarnation, not READY, or asked to drain
 --       STATE  not QUEUED      GONE  no such request
@@ -24,7 +24,7 @@ local function assign_one(c, a, lease_ms)
     state = 'ASSIGNED', epoch = text(tonumber(r.epoch) + 1), holder = '', holder_inc = '', picked_ms = '',
     p = a.p, p_inc = a.p_inc, p_open = '1', p_blocks = a.p_blocks,
     p_tokens = text(tonumber(r.prompt_tokens) + known_n), known_n = text(known_n),
-    d = a.d, d_inc = a.d_inc, d_open = '1', d_blocks = a.d_blocks,
+    d = a.d, d_inc = a.d_inc, d_open = '1', d_blocks = a.d_blocks, capability = a.capability,
   })
   enter_roles(c, r)
   redis.call('ZREM', k(c, 'ready'), a.id)
@@ -47,6 +47,7 @@ local function autan_assign(keys, args)
       p = take_name(c, 'p_inst'), p_inc = take_epoch(c, 'p_inc'),
       d = take_name(c, 'd_inst'), d_inc = take_epoch(c, 'd_inc'),
       p_blocks = text(take_int(c, 'p_blocks', 0)), d_blocks = text(take_int(c, 'd_blocks', 0)),
+      capability = take_bytes(c, 'capability'),
     }
   end
   taken_all(c)

@@ -1,12 +1,13 @@
 -- autan_pick: an instance reads its inbox.
 -- ARGV  instance_id, incarnation, ack_seq, max_n (at most 64), lease_ms
 -- Reply OK, now_ms, k, k x (seq, kind, id, epoch, spec, journal, peer_inst, peer_addr, peer_inc,
---       ingress_id, ingress_addr, ingress_epoch, submitted_ms, attempts) | STALE | GONE
+--       ingress_id, ingress_addr, ingress_epoch, submitted_ms, attempts, capability) | STALE | GONE
 --       prefill  compute it; the peer decodes (itself: do both). The caller holds the request from now on, under a lease.
 --       expect   the peer prefills and hands over
 --       revoke   drop the request up to this epoch; also told of a prefill or expect that ended before it was read
 --       owner    send what is not acknowledged to this ingress
 --       revoke and owner have no spec, journal or peer; a revoke has no ingress.
+--       Only a prefill has a capability.
 --       The journal of prefill and expect is what was journaled when assign placed the request: the same for P and D.
 -- Promise: entries up to ack_seq are dropped, later ones are told again until then, in order, without another effect.
 -- Fewer than max_n entries do not mean that the inbox is empty: a reply holds at most 8 MiB unless one entry is larger.
@@ -33,19 +34,20 @@ local function hold(c, r, instance, incarnation, lease_ms)
 end
 
 local function entry_reply(c, seq, kind, id, epoch, r)
-  if kind == 'revoke' then return {seq, kind, id, epoch, '', '', '', '', '', '', '', '', '', ''} end
-  local spec, journal, peer, peer_addr, peer_inc = '', '', '', '', ''
+  if kind == 'revoke' then return {seq, kind, id, epoch, '', '', '', '', '', '', '', '', '', '', ''} end
+  local spec, journal, peer, peer_addr, peer_inc, capability = '', '', '', '', '', ''
   if kind ~= 'owner' then
     local side = kind == 'prefill' and 'd' or 'p'
     peer, peer_inc = r[side], r[side .. '_inc']
     peer_addr = redis.call('HGET', k_instance(c, peer), 'addr') or ''
     spec = redis.call('HGET', k_request(c, id), 'spec') or ''
+    if kind == 'prefill' then capability = redis.call('HGET', k_request(c, id), 'capability') or '' end
     -- As it was at assign: P may have had its first token journaled before D reads, and both must count the same rows.
     if r.known_n ~= '0' then journal = redis.call('GETRANGE', k_journal(c, id), 0, 4 * tonumber(r.known_n) - 1) end
   end
   return {
     seq, kind, id, epoch, spec, journal, peer, peer_addr, peer_inc,
-    r.ing, r.ing_addr, r.ing_epoch, r.submitted_ms, r.attempts,
+    r.ing, r.ing_addr, r.ing_epoch, r.submitted_ms, r.attempts, capability,
   }
 end
 

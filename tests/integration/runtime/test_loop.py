@@ -70,7 +70,7 @@ class Workers:
         reply = self.raw.call(Fn.PICK, name, self.incarnations[name], self.acked[name], 64, lease_ms)
         found = []
         for at in range(int(reply[2])):
-            entry = reply[3 + at * 14 : 3 + (at + 1) * 14]
+            entry = reply[3 + at * 15 : 3 + (at + 1) * 15]
             self.acked[name] = int(entry[0])
             found.append((str(entry[1]), str(entry[2]), int(entry[3])))
         return found

@@ -24,7 +24,7 @@ VALID: dict[Fn, Arguments] = {
     Fn.ORPHANS: [INGRESS, 10],
     Fn.LEAD: [LEADER, LONG_MS, 1],
     Fn.VIEW: [10],
-    Fn.ASSIGN: [LEADER, 1, LONG_MS, 1, "q", 0, "p", 1, "d", 1, 1, 1],
+    Fn.ASSIGN: [LEADER, 1, LONG_MS, 1, "q", 0, "p", 1, "d", 1, 1, 1, b""],
     Fn.REAP: [LEADER, 1, 10, 3, LONG_MS, 1000],
     Fn.REGISTER: ["w", "decode", "addr", "card"],
     Fn.DEREGISTER: ["d", 1],

@@ -125,7 +125,6 @@ def test_forged_opens_reserve_nothing(fresh_store: FreshStore) -> None:
             ({"num_tokens": 4_000_000_000, "num_blocks": 4_000_000_000}, "BAD_FRAME"),
             ({"num_tokens": 1, "num_blocks": 1, "block_hashes": b""}, "BAD_FRAME"),
             ({"block_hashes": b"\0" * 48}, "BAD_FRAME"),
-            ({"capability": kv.Capability(mac=b"forged", expires_at_ms=1)}, "BAD_FRAME"),
         ]
 
         async def reason(changes: dict[str, Any]) -> str:

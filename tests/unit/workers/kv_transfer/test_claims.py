@@ -69,7 +69,6 @@ def fingerprint(**changes: Any) -> common.Fingerprint:
         ({"layers_per_group": 1}, BadFrame),
         ({"block_hashes": b""}, BadFrame),
         ({"block_hashes": b"\0" * 32}, BadFrame),
-        ({"capability": kv.Capability(mac=b"x")}, BadFrame),
         ({"fingerprint": common.Fingerprint()}, FingerprintMismatch),
     ],
 )

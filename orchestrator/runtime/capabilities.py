@@ -1,0 +1,40 @@
+"""Signs the capability of each hand-off that the core assigns. See protos.contract.capability."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from orchestrator.control.effects import Assignment
+from protos.contract.capability import Grant, Keyring
+from protos.wire import kv
+
+Sign = Callable[[Assignment], bytes]
+
+
+def unsigned(item: Assignment) -> bytes:
+    """No capability: for workers that have no keys."""
+    del item
+    return b""
+
+
+def signer(keys: Callable[[], Keyring]) -> Sign:
+    """Signs with the first of the keys as they are at that moment. The grant ends with the request's deadline."""
+
+    def sign(item: Assignment) -> bytes:
+        if item.prefill == item.decode:
+            return b""  # nothing is handed over
+        grant = Grant(
+            request_id=item.request_id,
+            epoch=item.expected_epoch + 1,
+            source_instance=item.prefill,
+            source_incarnation=item.prefill_incarnation,
+            target_instance=item.decode,
+            target_incarnation=item.decode_incarnation,
+            blocks=item.prefill_blocks,
+            kv_bytes=item.prefill_blocks * item.block_bytes,
+            expires_at_ms=item.deadline_ms,
+        )
+        capability = kv.Capability(mac=keys().sign(grant), expires_at_ms=grant.expires_at_ms)
+        return capability.SerializeToString(deterministic=True)
+
+    return sign
