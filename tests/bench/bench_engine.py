@@ -31,6 +31,7 @@ from tests.bench.engine.measure import (
     common_prefix,
     limit_rows,
     random_prompts,
+    read_rows,
     share_rows,
     speed_rows,
 )
@@ -127,12 +128,19 @@ def measure_model(
         tokens = {child.name: child.tokens(prompt, CHECKED_TOKENS)[0] for child in children}
         agreed = {peer: common_prefix(tokens[OURS], other) for peer, other in tokens.items() if peer != OURS}
         print(f"{name}: greedy tokens that agree with ours, of {CHECKED_TOKENS}: {agreed}", flush=True)
+        reads: list[dict[str, float]] = []
+
+        def begin_round(case: Case) -> None:
+            if case.name == Decode(1).name:
+                reads.append(limits_of(options.threads, "read"))
+
         samples, idle = alternate(
-            children, cases_of(options), options.rounds, VOCAB, lambda text: print(f"{name} {text}", flush=True)
+            children, cases_of(options), options.rounds, VOCAB, lambda text: print(f"{name} {text}", flush=True), begin_round
         )
         facts = {child.name: child.facts for child in children}
     versions = {engine: str(fact["version"]) for engine, fact in facts.items()}
-    rows = speed_rows(name, samples, versions) + share_rows(name, samples, models.work_of(folder), limits, versions)
+    rows = speed_rows(name, samples, versions) + share_rows(name, samples, models.work_of(folder), limits, reads, versions)
+    rows += read_rows(name, reads)
     agreement = [
         Row(f"greedy tokens in common, of {CHECKED_TOKENS}", name, "tokens", agreed[peer], 1, 0, peer) for peer in agreed
     ]
@@ -140,9 +148,9 @@ def measure_model(
     return rows + agreement, setup
 
 
-def limits_of(threads: int) -> dict[str, float]:
-    """Measured in a process of its own, which has ended when the engines start."""
-    command = [sys.executable, "-m", "tests.bench.engine.limits", str(threads)]
+def limits_of(threads: int, *which: str) -> dict[str, float]:
+    """Measured in a process of its own, which has ended before an engine runs; `read` alone, or everything."""
+    command = [sys.executable, "-m", "tests.bench.engine.limits", str(threads), *which]
     answer = subprocess.run(command, check=True, capture_output=True, text=True, cwd=engines.ROOT)
     measured: dict[str, float] = json.loads(answer.stdout.splitlines()[-1])
     return measured

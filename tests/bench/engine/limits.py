@@ -1,4 +1,4 @@
-"""What the machine can do with some threads: `python -m tests.bench.engine.limits THREADS` prints one JSON object.
+"""What the machine can do with some threads: `python -m tests.bench.engine.limits THREADS [read]` prints one JSON object.
 
 Bandwidths in bytes/s, GEMM rates in FLOP/s (2 m n k); the best of several runs, because a limit is what was reached once.
 """
@@ -29,6 +29,14 @@ def measure(threads: int, scale: int = 1, seconds: float = 1.5) -> dict[str, flo
     for name, dtype in (("gemm_bf16", torch.bfloat16), ("gemm_fp32", torch.float32)):
         limits[name] = _gemm_rate(max(GEMM // scale, 16), dtype, seconds)
     return limits
+
+
+def measure_reads(threads: int, scale: int = 1, seconds: float = 1.0) -> dict[str, float]:
+    """Only what reading takes; on a shared machine it changes from minute to minute."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return {name: _read_rate(size // scale, seconds) for name, size in READ_SIZES.items()}
 
 
 def _copy_rate(size: int, seconds: float) -> float:
@@ -68,4 +76,5 @@ def _best_s(work: Callable[[], object], seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]))))
+    only_reads = sys.argv[2:] == ["read"]
+    print(json.dumps((measure_reads if only_reads else measure)(int(sys.argv[1]))))

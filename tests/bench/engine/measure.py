@@ -84,9 +84,16 @@ def random_prompts(rng: random.Random, vocab: int, batch: int, tokens: int) -> P
 
 
 def alternate(
-    engines: Sequence[Measured], cases: Sequence[Case], rounds: int, vocab: int, say: Callable[[str], None]
+    engines: Sequence[Measured],
+    cases: Sequence[Case],
+    rounds: int,
+    vocab: int,
+    say: Callable[[str], None],
+    begin_round: Callable[[Case], None] = lambda _: None,
 ) -> tuple[Samples, dict[str, float]]:
     """Every case: one uncounted run of each engine, then `rounds` times each engine in turn, on the same prompts.
+
+    `begin_round` runs before each counted round.
 
     The second result is, for each engine, the share of one core that it used while others ran.
     """
@@ -101,6 +108,7 @@ def alternate(
             case.rate(engine, case.prompts(rng, vocab))
         seen: dict[str, list[float]] = {engine.name: [] for engine in taking_part}
         for _ in range(rounds):
+            begin_round(case)
             prompts = case.prompts(rng, vocab)
             for engine in taking_part:
                 others = [other for other in engines if other is not engine]
@@ -135,19 +143,34 @@ def speed_rows(model: str, samples: Samples, versions: Mapping[str, str]) -> lis
     return rows
 
 
-def share_rows(model: str, samples: Samples, work: Work, limits: Mapping[str, float], versions: Mapping[str, str]) -> list[Row]:
-    """How much of the machine each engine uses: read bandwidth at batch 1, the bf16 GEMM rate while prefilling."""
+def share_rows(
+    model: str,
+    samples: Samples,
+    work: Work,
+    limits: Mapping[str, float],
+    reads: Sequence[Mapping[str, float]],
+    versions: Mapping[str, str],
+) -> list[Row]:
+    """How much of the machine each engine uses: read bandwidth at batch 1, the bf16 GEMM rate while prefilling.
+
+    `reads` are the read limits as they were in each round of batch 1: a round is compared with its own.
+    """
     rows = []
     for case, seen in samples.items():
         if case == Decode(1).name:
-            per_token = {f"share of {name.replace('_', ' ')}": work.decode_bytes / limits[name] for name in READS}
+            costs = {f"share of {name.replace('_', ' ')}": [work.decode_bytes / one[name] for one in reads] for name in READS}
         elif case.startswith("prefill"):
             tokens = int(case.split()[1])
-            per_token = {"share of bf16 GEMM": work.prefill_flops(tokens) / tokens / limits["gemm_bf16"]}
+            cost_s = work.prefill_flops(tokens) / tokens / limits["gemm_bf16"]
+            costs = {"share of bf16 GEMM": [cost_s] * max(map(len, seen.values()))}
         else:
             continue
-        for metric, cost_s in per_token.items():
-            shares = {name: [100 * rate * cost_s for rate in rates] for name, rates in seen.items() if name != INT8}
+        for metric, per_token_s in costs.items():
+            shares = {
+                name: [100 * rate * cost for rate, cost in zip(rates, per_token_s, strict=False)]
+                for name, rates in seen.items()
+                if name != INT8
+            }
             for peer in [name for name in shares if name != OURS] or [""]:
                 title = f"{model}, {case}"
                 rows.append(compare(metric, title, "%", shares[OURS], peer, versions.get(peer, ""), shares.get(peer)))
@@ -167,6 +190,15 @@ def compare(
         return row
     peer_value = statistics.median(theirs)
     return Row(metric, case, unit, value, len(ours), row.spread, peer, version, peer_value, value / peer_value)
+
+
+def read_rows(model: str, reads: Sequence[Mapping[str, float]]) -> list[Row]:
+    """The read limits of the rounds of batch 1."""
+    return [
+        compare("machine limit beside decode batch 1", f"{model}, {name.replace('_', ' ')}", "GB/s", rates, "", "", None)
+        for name in READS
+        if (rates := [one[name] / 1e9 for one in reads])
+    ]
 
 
 def limit_rows(limits: Mapping[str, float]) -> list[Row]:

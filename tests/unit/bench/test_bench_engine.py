@@ -61,7 +61,11 @@ def test_a_decode_that_takes_no_time_is_refused() -> None:
 def test_engines_take_turns_and_int8_answers_only_batch_1() -> None:
     journal: list[str] = []
     children = [Clockwork(name, journal) for name in ("autan", "peer", INT8)]
-    samples, idle = alternate(children, [Prefill(16), Decode(1, 4)], 3, 1000, lambda _: None)
+    begun: list[str] = []
+    samples, idle = alternate(
+        children, [Prefill(16), Decode(1, 4)], 3, 1000, lambda _: None, lambda case: begun.append(case.name)
+    )
+    assert begun == ["prefill 16"] * 3 + ["decode batch 1"] * 3
     prefill, decode = journal[: 2 * 4], journal[2 * 4 :]
     assert prefill == ["autan", "peer"] * 4
     assert decode[::2] == decode[1::2] == ["autan", "peer", INT8] * 4
@@ -74,12 +78,13 @@ def test_engines_take_turns_and_int8_answers_only_batch_1() -> None:
 
 def test_rows_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     samples = {
-        "decode batch 1": {"autan": [100.0, 120.0, 110.0], "peer": [55.0], INT8: [220.0]},
+        "decode batch 1": {"autan": [100.0, 120.0, 110.0], "peer": [55.0, 55.0, 55.0], INT8: [220.0]},
         "prefill 512": {"autan": [1000.0], "peer": [2000.0]},
     }
     work = Work(decode_bytes=10**9, token_flops=10**6, head_flops=0, attention_flops=0)
-    machine = {"read_2gib": 220e9, "read_269mb": 440e9, "gemm_bf16": 4e9}
-    rows = speed_rows("m", samples, {"peer": "1.0"}) + share_rows("m", samples, work, machine, {"peer": "1.0"})
+    machine = {"gemm_bf16": 4e9}
+    reads = [{"read_2gib": rate, "read_269mb": 2 * rate} for rate in (200e9, 240e9, 220e9)]
+    rows = speed_rows("m", samples, {"peer": "1.0"}) + share_rows("m", samples, work, machine, reads, {"peer": "1.0"})
     found = {(row.metric, row.peer): row for row in rows}
     decode = found["decode batch 1", "peer"]
     assert (decode.ours, decode.peer_value, decode.ratio, decode.spread, decode.runs) == (110, 55, 2, 20, 3)
@@ -113,6 +118,7 @@ def test_common_prefix() -> None:
 
 def test_limits_are_measured() -> None:
     found = limits.measure(1, scale=256, seconds=0.01)
+    assert set(limits.measure_reads(1, scale=256, seconds=0.01)) == set(limits.READ_SIZES)
     assert set(found) == {"copy", "read_2gib", "read_269mb", "gemm_bf16", "gemm_fp32"} and min(found.values()) > 0
 
 

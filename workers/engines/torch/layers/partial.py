@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kernel = Literal["flash_cpu", "flash_cuda", "efficient_cuda", "plain"]
+from workers.engines.torch.layers.flash_library import call_flash, installed_flash
+
+Kernel = Literal["flash_cpu", "flash_library", "flash_cuda", "efficient_cuda", "plain"]
 
 SCORE_BYTES = 64 * 2**20  # of one score matrix of the plain form: larger ones are cut by query rows
 _FLASH_CUDA_WIDEST = 256  # head dimension, a limit of that kernel
@@ -28,14 +30,17 @@ class Partial:
     lse: Tensor
 
 
-def kernel_for(device: str, dtype: torch.dtype, head_dim: int, *, masked: bool) -> Kernel:
-    """The fused kernel that returns the denominators for this case, or the plain form."""
+def kernel_for(device: str, dtype: torch.dtype, head_dim: int, *, masked: bool, library: bool = False) -> Kernel:
+    """The fused kernel that returns the denominators for this case, or the plain form.
+
+    `library`: FlashAttention is installed for this GPU; it is preferred to the kernels that PyTorch carries.
+    """
     if device == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return "flash_cpu"
     if device != "cuda" or masked or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "plain"
     if dtype is not torch.float32 and head_dim <= _FLASH_CUDA_WIDEST and head_dim % 8 == 0:
-        return "flash_cuda"
+        return "flash_library" if library else "flash_cuda"
     return "efficient_cuda"
 
 
@@ -45,7 +50,8 @@ def attend_part(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool =
     causal: row i sees keys up to i, with L = M. mask: [M, L], true where a key is seen.
     """
     value_dim, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
-    kernel = kernel_for(q.device.type, q.dtype, width, masked=mask is not None)
+    flash = installed_flash(q.device.index or 0) if q.device.type == "cuda" else None
+    kernel = kernel_for(q.device.type, q.dtype, width, masked=mask is not None, library=flash is not None)
     if kernel == "plain":
         if causal:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril_()
@@ -55,6 +61,8 @@ def attend_part(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool =
     if kernel == "flash_cpu":
         bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    elif kernel == "flash_library" and flash is not None:
+        found = call_flash(flash, q, k, v, scale, causal=causal)
     else:
         k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
         if kernel == "flash_cuda":
