@@ -34,7 +34,7 @@ def python_example() -> str:
 def test_the_first_steps_and_the_python_example(autan: Autan) -> None:
     file = autan.file("readme", cluster_values("readme"))
     steps = first_steps()
-    assert [step.split()[0] for step in steps] == ["up", "status", "generate", "down"]
+    assert [step.split()[0] for step in steps] == ["up", "status", "doctor", "kv", "generate", "down"]
     for step in steps:
         if step == "down":
             done = subprocess.run(
