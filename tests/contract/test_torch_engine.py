@@ -11,6 +11,7 @@ import torch
 from tests.contract.driver import EngineFactory, EngineShape, Expected
 from tests.contract.engine_contract import EngineContract
 from tests.contract.engine_handoff_contract import HandOffContract
+from tests.contract.engine_prefix_contract import PrefixContract
 from tests.support.torch_models import an_engine, tensors_of
 from workers.engine_api.protocol import Engine
 from workers.engine_api.types import SamplingParams
@@ -72,4 +73,8 @@ class TestTorchEngine(EngineContract):
 
 
 class TestTorchHandOff(HandOffContract):
+    pass
+
+
+class TestTorchPrefix(PrefixContract):
     pass

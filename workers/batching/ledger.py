@@ -11,7 +11,7 @@ from protos.contract.errors import OutOfBlocks
 from workers.batching.block_pool import BlockPool
 from workers.batching.prefix_cache import PrefixCache
 from workers.batching.sequence import Sequence
-from workers.engine_api.types import BlockOwner, CacheEvent
+from workers.engine_api.types import BlockOwner, CacheEvent, PrefixTicket
 
 Key = tuple[str, int]  # request id, epoch
 
@@ -25,6 +25,16 @@ class Grant:
     total: int
 
 
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """Blocks of an open prefix import: `hits` were cached and stay, `fresh` are to be filled under `names` behind `parent`."""
+
+    hits: tuple[int, ...]
+    fresh: tuple[int, ...]
+    parent: bytes
+    names: tuple[bytes, ...]
+
+
 class BlockLedger:
     """Moves block references between the pool, sequences and pins, and files full blocks in the prefix cache."""
 
@@ -32,6 +42,8 @@ class BlockLedger:
         self._cache = PrefixCache()
         self._caching = prefix_cache
         self.pool = BlockPool(num_blocks, self._cache.drop)
+        self._loans: dict[int, Loan] = {}
+        self._next_loan = 1
         self._pins: dict[Key, dict[int, None]] = {}
         self._pinned: Counter[int] = Counter()
 
@@ -86,12 +98,15 @@ class BlockLedger:
 
     def pin(self, sequence: Sequence) -> tuple[int, ...]:
         """A second reference on each block of the sequence that has none yet for this key."""
-        pins = self._pins.setdefault(sequence.key, {})
-        fresh = [block_id for block_id in sequence.blocks if block_id not in pins]
+        self._pin(sequence.key, sequence.blocks)
+        return sequence.table
+
+    def _pin(self, key: Key, block_ids: Iterable[int]) -> None:
+        pins = self._pins.setdefault(key, {})
+        fresh = [block_id for block_id in block_ids if block_id not in pins]
         self.pool.share(fresh)
         self._pinned.update(fresh)
         pins.update(dict.fromkeys(fresh))
-        return sequence.table
 
     def unpin(self, key: Key) -> None:
         """Gives back all references of `pin`."""
@@ -107,6 +122,54 @@ class BlockLedger:
         """Safe from any thread."""
         return block_id in self._pinned
 
+    def match_names(self, names: Listing[bytes]) -> list[int]:
+        """The cached blocks of the longest known run of `names` from its start."""
+        return self._cache.match(names) if self._caching else []
+
+    def lend(self, names: Listing[bytes]) -> PrefixTicket:
+        """Pins the longest cached run."""
+        ticket_id, blocks = self._ticket(), self.match_names(names)
+        self._pin(_loan_key(ticket_id), blocks)
+        return PrefixTicket(ticket_id=ticket_id, first_block=0, block_ids=tuple(blocks))
+
+    def end_lending(self, ticket_id: int) -> bool:
+        """Gives the pins of `lend` back."""
+        known = _loan_key(ticket_id) in self._pins
+        self.unpin(_loan_key(ticket_id))
+        return known
+
+    def borrow(self, root: bytes, names: Listing[bytes]) -> PrefixTicket:
+        """Reserves blocks behind the cached run and keeps that run. Raises OutOfBlocks, having changed nothing."""
+        hits = self.match_names(names)
+        wanted = tuple(names[len(hits) :]) if self._caching else ()
+        self.pool.share(hits)
+        try:
+            fresh = self.pool.allocate(len(wanted))
+        except OutOfBlocks:
+            self.pool.free_blocks(reversed(hits))
+            raise
+        ticket_id = self._ticket()
+        parent = names[len(hits) - 1] if hits else root
+        self._loans[ticket_id] = Loan(tuple(hits), tuple(fresh), parent, wanted)
+        return PrefixTicket(ticket_id=ticket_id, first_block=len(hits), block_ids=tuple(fresh))
+
+    def loan(self, ticket_id: int) -> Loan | None:
+        """An open prefix import."""
+        return self._loans.get(ticket_id)
+
+    def end_borrowing(self, ticket_id: int, num_blocks: int) -> int:
+        """Ends an open import: its first `num_blocks` fresh blocks are filed, none keeps an owner. Returns how many are new."""
+        loan = self._loans.pop(ticket_id)
+        new = self._cache.store(loan.parent, loan.names[:num_blocks], loan.fresh[:num_blocks])
+        for block_id in new:
+            self.pool.keep(block_id)
+        self.pool.free_blocks(reversed((*loan.hits, *loan.fresh)))
+        return len(new)
+
+    def _ticket(self) -> int:
+        self._next_loan += 1
+        return self._next_loan - 1
+
     def drain_events(self) -> tuple[CacheEvent, ...]:
         return self._cache.drain_events()
 
@@ -114,13 +177,14 @@ class BlockLedger:
         """Blocks with more references than these sequences and the pins explain."""
         owned = [sequence.blocks for sequence in sequences]
         explained = sum(map(len, owned)) + sum(map(len, self._pins.values()))
+        explained += sum(len(loan.hits) + len(loan.fresh) for loan in self._loans.values())
         if explained == self.pool.total_refs:
             return 0
         owners = self._owners(owned)
         return sum(refs > owners[block_id] for block_id, refs in self.pool.referenced().items())
 
     def owners(self, sequences: Iterable[Sequence]) -> tuple[BlockOwner, ...]:
-        """Every sequence, with or without blocks, and every pin."""
+        """Every sequence, with or without blocks, and every pin of a request. Tickets of prefixes belong to no request."""
         requests = [
             BlockOwner(
                 kind="request",
@@ -134,6 +198,7 @@ class BlockLedger:
         transfers = [
             BlockOwner(kind="transfer", request_id=request_id, epoch=epoch, stage="pinned", blocks=len(pins))
             for (request_id, epoch), pins in self._pins.items()
+            if request_id
         ]
         return (*requests, *transfers)
 
@@ -167,4 +232,11 @@ class BlockLedger:
             owners.update(table)
         for pins in self._pins.values():
             owners.update(pins.keys())
+        for loan in self._loans.values():
+            owners.update((*loan.hits, *loan.fresh))
         return owners
+
+
+def _loan_key(ticket_id: int) -> Key:
+    """No request has the empty name."""
+    return "", ticket_id

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from bisect import insort
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from protos.contract.block_hash import root_hash
-from protos.contract.errors import InvalidRequest, OutOfBlocks, StaleEpoch
+from protos.contract.errors import BadFrame, InvalidRequest, OutOfBlocks, StaleEpoch
 from workers.batching.admission import check_fits, check_handed_tokens, check_request
 from workers.batching.constraint import Constrainer, open_constraint
 from workers.batching.import_gate import ImportGate
@@ -27,6 +28,7 @@ from workers.engine_api.types import (
     KvLayout,
     ModelIdentity,
     Phase,
+    PrefixTicket,
     StepResult,
 )
 
@@ -193,6 +195,51 @@ class PagedEngine:
 
     def import_abort(self, request_id: str, epoch: int) -> bool:
         return self._drop_if(request_id, epoch, SequenceState.IMPORTING)
+
+    def match_prefix(self, names: Listing[bytes]) -> int:
+        with self._lock:
+            return len(self._ledger.match_names(names))
+
+    def export_prefix(self, names: Listing[bytes]) -> PrefixTicket:
+        with self._lock:
+            self._plan = None
+            return self._ledger.lend(names)
+
+    def export_prefix_end(self, ticket_id: int) -> bool:
+        with self._lock:
+            self._plan = None
+            return self._ledger.end_lending(ticket_id)
+
+    def import_prefix_begin(self, root: bytes, names: Listing[bytes]) -> PrefixTicket:
+        with self._lock:
+            self._plan = None
+            self._leave_room_for_preempted(len(names) - len(self._ledger.match_names(names)))
+            ticket = self._ledger.borrow(root, names)
+            self._gate.open(ticket.block_ids)
+            return ticket
+
+    def import_prefix_commit(self, ticket_id: int, num_blocks: int) -> int:
+        with self._lock:
+            loan = self._ledger.loan(ticket_id)
+            if loan is None:
+                raise StaleEpoch(f"prefix import {ticket_id} is not open")
+            if not 0 <= num_blocks <= len(loan.fresh):
+                raise BadFrame(f"prefix import {ticket_id}: {num_blocks} of {len(loan.fresh)} blocks")
+            return self._end_prefix_import(ticket_id, num_blocks)
+
+    def import_prefix_abort(self, ticket_id: int) -> bool:
+        with self._lock:
+            known = self._ledger.loan(ticket_id) is not None
+            if known:
+                self._end_prefix_import(ticket_id, 0)
+            return known
+
+    def _end_prefix_import(self, ticket_id: int, num_blocks: int) -> int:
+        loan = self._ledger.loan(ticket_id)
+        assert loan is not None
+        self._plan = None
+        self._gate.close(loan.fresh)
+        return self._ledger.end_borrowing(ticket_id, num_blocks)
 
     def stats(self) -> EngineStats:
         with self._lock:

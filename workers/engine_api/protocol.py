@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from workers.engine_api.types import (
@@ -12,6 +13,7 @@ from workers.engine_api.types import (
     ImportTicket,
     KvLayout,
     ModelIdentity,
+    PrefixTicket,
     StepResult,
 )
 
@@ -111,6 +113,39 @@ class Engine(Protocol):
 
     def import_abort(self, request_id: str, epoch: int) -> bool:
         """Drops an open import and frees its blocks; none enters the prefix cache. Idempotent."""
+        ...
+
+    def match_prefix(self, names: Sequence[bytes]) -> int:
+        """How many of these consecutive names, from the first on, are cached. From any thread; changes nothing."""
+        ...
+
+    def export_prefix(self, names: Sequence[bytes]) -> PrefixTicket:
+        """Pins the longest cached run of `names`, maybe none: `export_kv` reads it until `export_prefix_end`."""
+        ...
+
+    def export_prefix_end(self, ticket_id: int) -> bool:
+        """Gives back the references of `export_prefix`; False when there are none. Idempotent."""
+        ...
+
+    def import_prefix_begin(self, root: bytes, names: Sequence[bytes]) -> PrefixTicket:
+        """Reserves blocks for those of `names` that follow the cached ones; the cached ones stay until the import ends.
+
+        `names` is a chain from its first block, `root` the parent of that one. The ticket asks for nothing when all
+        are here or nothing is cached in this engine. Raises OutOfBlocks, and reserves nothing, when the pool cannot give
+        them without taking what preempted sequences need.
+        """
+        ...
+
+    def import_prefix_commit(self, ticket_id: int, num_blocks: int) -> int:
+        """The first `num_blocks` reserved blocks are verified: they enter the prefix cache without an owner.
+
+        The others are free again. Returns how many names are new; a block whose name was filed meanwhile is freed. Raises
+        StaleEpoch when no such import is open, BadFrame, leaving it open, when it has fewer blocks.
+        """
+        ...
+
+    def import_prefix_abort(self, ticket_id: int) -> bool:
+        """Frees the blocks of an open import; none enters the prefix cache. False when there is none. Idempotent."""
         ...
 
     def stats(self) -> EngineStats:

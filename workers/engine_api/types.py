@@ -194,6 +194,18 @@ class ImportTicket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixTicket:
+    """Blocks by content that leave the prefix cache or enter it; see Engine.export_prefix and Engine.import_prefix_begin.
+
+    `block_ids[i]` belongs to name `first_block + i` of those that were given.
+    """
+
+    ticket_id: int
+    first_block: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """Counters and gauges of one engine, since its start."""
 
