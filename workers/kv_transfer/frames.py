@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import xxhash
 
 from protos.contract.errors import BadFrame, DigestMismatch
 from workers.engine_api.types import KvLayout
 from workers.kv_transfer.digest import DIGEST_BYTES, DigestScope
-from workers.kv_transfer.push_codec import DataFrame
+from workers.kv_transfer.push_codec import MAX_PARTS, DataFrame
 
 
 def split(block_index: int, group: int, data: memoryview, digest: bytes, frame_bytes: int) -> Iterator[DataFrame]:
@@ -32,6 +32,40 @@ def split(block_index: int, group: int, data: memoryview, digest: bytes, frame_b
             payload=payload,
             digest=digest if last else b"",
         )
+
+
+@dataclass(slots=True)
+class Batch:
+    """Data frames that will travel in one message: at most `limit_bytes` of payload and MAX_PARTS of them.
+
+    `completed` are the blocks whose last frame is in it, or was in one before it.
+    """
+
+    limit_bytes: int
+    frames: list[DataFrame] = field(default_factory=list)
+    completed: list[int] = field(default_factory=list)
+    _size_bytes: int = 0
+
+    @property
+    def full(self) -> bool:
+        """True when no frame fits any more."""
+        return self._size_bytes >= self.limit_bytes or len(self.frames) == MAX_PARTS
+
+    def has_room(self, frame: DataFrame) -> bool:
+        """True when this frame fits. A frame of `split` with the same limit fits into an empty batch."""
+        return self._size_bytes + frame.payload.nbytes <= self.limit_bytes and len(self.frames) < MAX_PARTS
+
+    def add(self, frame: DataFrame) -> None:
+        """Takes a frame for which there is room."""
+        assert self.has_room(frame), (self._size_bytes, frame.payload.nbytes)
+        self.frames.append(frame)
+        self._size_bytes += frame.payload.nbytes
+
+    def take(self) -> tuple[list[DataFrame], list[int]]:
+        """The frames and the completed blocks; the batch is empty afterwards."""
+        taken = self.frames, self.completed
+        self.frames, self.completed, self._size_bytes = [], [], 0
+        return taken
 
 
 @dataclass(frozen=True, slots=True)

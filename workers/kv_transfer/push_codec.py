@@ -1,17 +1,20 @@
 """Push messages as bytes. The wire is that of `PushFrame` in kv.proto; the codec is by hand, so a payload is copied once.
 
-A message is a small head and the payload as its last field: encoding is one join, decoding gives a view into the message.
+A message is small heads, each followed by its payload: encoding is one join, decoding gives views into the message.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protos.wire import kv
 
 _VARINT, _BYTES = 0, 2
 _MAX_VARINT_BYTES = 10
-_MAX_FIELDS = 16  # of one message; ours have five at most
+MAX_PARTS = 64  # data frames in one message
+_MAX_FIELDS = 16  # of one message or data frame, further data frames apart; ours have five at most
+_MAX_PUSH_FIELDS = MAX_PARTS + _MAX_FIELDS
 
 _PUSH = {name: field.number for name, field in kv.PushFrame.DESCRIPTOR.fields_by_name.items()}
 _BLOCK = {name: field.number for name, field in kv.BlockFrame.DESCRIPTOR.fields_by_name.items()}
@@ -30,23 +33,28 @@ class DataFrame:
 
 @dataclass(frozen=True, slots=True)
 class PushMessage:
-    """One message of a Push stream: at most one of data and end; neither is a sign of life."""
+    """One message of a Push stream: data frames, in order, or the end; neither is a sign of life."""
 
     transfer_id: str
     epoch: int
-    data: DataFrame | None = None
+    data: tuple[DataFrame, ...] = ()
     end: kv.EndFrame | None = None
 
 
-def encode_data(transfer_id: str, epoch: int, frame: DataFrame) -> bytes:
-    """The message of one data frame. The payload is copied once, into the result."""
-    fields = kv.BlockFrame(
-        block_index=frame.block_index, layer_group=frame.layer_group, offset_bytes=frame.offset_bytes, digest=frame.digest
-    )
-    size = frame.payload.nbytes
-    inner = fields.SerializeToString() + _head(_BLOCK["payload"], size)
-    outer = kv.PushFrame(transfer_id=transfer_id, epoch=epoch).SerializeToString()
-    return b"".join((outer, _head(_PUSH["data"], len(inner) + size), inner, frame.payload))
+def encode_data(transfer_id: str, epoch: int, frames: Sequence[DataFrame]) -> bytes:
+    """The message of 1 to `MAX_PARTS` data frames. Each payload is copied once, into the result."""
+    assert 1 <= len(frames) <= MAX_PARTS, len(frames)
+    pieces: list[bytes | memoryview] = [kv.PushFrame(transfer_id=transfer_id, epoch=epoch).SerializeToString()]
+    field = _PUSH["data"]
+    for frame in frames:
+        fields = kv.BlockFrame(
+            block_index=frame.block_index, layer_group=frame.layer_group, offset_bytes=frame.offset_bytes, digest=frame.digest
+        )
+        size = frame.payload.nbytes
+        inner = fields.SerializeToString() + _head(_BLOCK["payload"], size)
+        pieces += (_head(field, len(inner) + size), inner, frame.payload)
+        field = _PUSH["more"]
+    return b"".join(pieces)
 
 
 def encode_other(transfer_id: str, epoch: int, end: kv.EndFrame | None = None) -> bytes:
@@ -55,26 +63,36 @@ def encode_other(transfer_id: str, epoch: int, end: kv.EndFrame | None = None) -
 
 
 def decode_push(message: bytes) -> PushMessage:
-    """Reads a message; the payload is a view into it. Raises ValueError, or DecodeError, for anything malformed."""
+    """Reads a message; payloads are views into it. Raises ValueError, or DecodeError, for anything malformed."""
     transfer_id, epoch = "", 0
     data: DataFrame | None = None
+    more: list[DataFrame] = []
     end: kv.EndFrame | None = None
-    for number, value in _fields(memoryview(message)):
+    fields = _fields(memoryview(message), _MAX_PUSH_FIELDS)
+    if sum(number != _PUSH["more"] for number, _ in fields) > _MAX_FIELDS:
+        raise ValueError(f"more than {_MAX_FIELDS} fields")
+    for number, value in fields:
         if number == _PUSH["transfer_id"]:
             transfer_id = bytes(_bytes(value)).decode("utf-8")
         elif number == _PUSH["epoch"]:
             epoch = _number(value, 64)
         elif number == _PUSH["data"]:
             data, end = _decode_block(_bytes(value)), None
+        elif number == _PUSH["more"]:
+            more.append(_decode_block(_bytes(value)))
         elif number == _PUSH["end"]:
             data, end = None, kv.EndFrame.FromString(bytes(_bytes(value)))
-    return PushMessage(transfer_id, epoch, data, end)
+    if data is None and more:
+        raise ValueError("more data frames without a first one")
+    if len(more) >= MAX_PARTS:
+        raise ValueError(f"{1 + len(more)} data frames, at most {MAX_PARTS} go into one message")
+    return PushMessage(transfer_id, epoch, () if data is None else (data, *more), end)
 
 
 def _decode_block(view: memoryview) -> DataFrame:
     block_index = layer_group = offset_bytes = 0
     payload, digest = view[:0], b""
-    for number, value in _fields(view):
+    for number, value in _fields(view, _MAX_FIELDS):
         if number == _BLOCK["block_index"]:
             block_index = _number(value, 32)
         elif number == _BLOCK["layer_group"]:
@@ -88,12 +106,12 @@ def _decode_block(view: memoryview) -> DataFrame:
     return DataFrame(block_index, layer_group, offset_bytes, payload, digest)
 
 
-def _fields(view: memoryview) -> list[tuple[int, int | memoryview]]:
+def _fields(view: memoryview, limit: int) -> list[tuple[int, int | memoryview]]:
     found: list[tuple[int, int | memoryview]] = []
     at, size = 0, len(view)
     while at < size:
-        if len(found) == _MAX_FIELDS:
-            raise ValueError(f"more than {_MAX_FIELDS} fields")
+        if len(found) == limit:
+            raise ValueError(f"more than {limit} fields")
         tag, at = _varint(view, at)
         value, at = _varint(view, at)
         if tag & 7 == _VARINT:

@@ -108,8 +108,9 @@ class Receiver:
                 if frame.end is not None:
                     yield kv.PushReply(commit=await self._end(transfer, frame.end))
                     return
-                if frame.data is not None:
-                    self._write(transfer, frame.data)
+                for part in frame.data:
+                    self._write(transfer, part)
+                if frame.data:
                     credit = transfer.regrant()
                     if credit:
                         yield kv.PushReply(credit_bytes=credit)

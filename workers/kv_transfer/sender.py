@@ -32,7 +32,7 @@ from workers.engine_api.types import EngineRequest
 from workers.kv_transfer.block_names import sequence_hashes
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.digest import DigestScope
-from workers.kv_transfer.frames import split
+from workers.kv_transfer.frames import Batch, split
 from workers.kv_transfer.lifecycle import Lifecycle, SendState, sending
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.push_codec import encode_data, encode_other
@@ -276,29 +276,43 @@ class Handoff:
         )
 
     async def _push(self, stream: PushStream, reply: kv.OpenReply) -> None:
-        frame_bytes = min(self._context.frame_bytes, reply.credit_bytes // 2)
+        batch = Batch(min(self._context.frame_bytes, reply.credit_bytes // 2))
         for index in range(reply.first_block, self.num_blocks):
             while index >= len(self._ready):
                 await self._beat(stream)
             started_s = time.monotonic()
-            await self._push_block(stream, index, frame_bytes)
+            await self._push_block(stream, index, batch)
             self._measures.busy_s += time.monotonic() - started_s
-            self._count_block(index)
-            self._progress()
         while self._ending is None:
             await self._beat(stream)
 
-    async def _push_block(self, stream: PushStream, index: int, frame_bytes: int) -> None:
-        port, request = self._context.port, self.job.request
+    async def _push_block(self, stream: PushStream, index: int, batch: Batch) -> None:
+        """Puts one block into the batch, which goes out when it is full and when no other block is ready."""
+        port = self._context.port
         for group in range(port.layout.num_groups):
             await self._context.reach("handoff.mid_push")
             data = port.export_kv(self._ready[index], group)
             digest = self._scope.of(index, group, data)
-            for frame in split(index, group, data, digest, frame_bytes):
-                size = frame.payload.nbytes
-                await stream.send(encode_data(self._transfer_id, request.epoch, frame), size)
-                self._measures.bytes += size
-                self._context.counters.kv_bytes_sent += size
+            for frame in split(index, group, data, digest, batch.limit_bytes):
+                if not batch.has_room(frame):
+                    await self._flush(stream, batch)
+                batch.add(frame)
+        batch.completed.append(index)
+        if batch.full or index + 1 >= len(self._ready):
+            await self._flush(stream, batch)
+
+    async def _flush(self, stream: PushStream, batch: Batch) -> None:
+        """Sends what the batch holds; its blocks count as sent with that."""
+        if not batch.frames:
+            return
+        frames, completed = batch.take()
+        size = sum(frame.payload.nbytes for frame in frames)
+        await stream.send(encode_data(self._transfer_id, self.job.request.epoch, frames), size)
+        self._measures.bytes += size
+        self._context.counters.kv_bytes_sent += size
+        for index in completed:
+            self._count_block(index)
+        self._progress()
 
     def _count_block(self, index: int) -> None:
         self._context.counters.kv_blocks_sent += 1

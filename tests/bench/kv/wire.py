@@ -1,7 +1,7 @@
 """Our sender and receiver between two processes, without an engine.
 
-`python -m tests.bench.kv.wire [BLOCK_KIB BLOCKS FRAME_KIB]` prints one JSON line: GB/s from the first open to the
-commit, and CPU seconds per GB of both sides. Integrity is on.
+`python -m tests.bench.kv.wire [BLOCK_KIB BLOCKS FRAME_KIB [ROUNDS]]` prints one JSON line: GB/s from the first open to the
+commit, CPU seconds per GB of both sides, and the GB/s of a raw socket; medians of rounds that alternate. Integrity is on.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import grpc.aio
 from protos.contract.errors import AutanError
 from protos.rpc import GuardInterceptor, open_channel, server_options
 from protos.wire import common
+from tests.bench.kv import raw_socket
 from workers.engine_api.types import EngineRequest, ImportTicket, KvLayout, SamplingParams
 from workers.kv_transfer.claims import Addressee, Expectation
 from workers.kv_transfer.counters import TransferCounters
@@ -33,6 +35,7 @@ from workers.service.servicers import KvTransferService, add_kv_transfer
 _LAYER_BYTES = 64 * 1024
 _TOKENS = 64
 _WINDOW_BYTES = 8 * 1024 * 1024
+_CONTENT, _BLANK = bytes(range(256)), b"\xff" * 256  # either way every page is touched before the clock starts
 
 
 def layout_of(block_kib: int) -> KvLayout:
@@ -44,10 +47,10 @@ def layout_of(block_kib: int) -> KvLayout:
 class MemoryPool:
     """EnginePort over plain memory; blocks have the ids of their places in the sequence."""
 
-    def __init__(self, layout: KvLayout, blocks: int) -> None:
+    def __init__(self, layout: KvLayout, blocks: int, pattern: bytes) -> None:
         self.layout = layout
         self._blocks = blocks
-        self.bytes = memoryview(bytearray(range(256)) * (layout.block_bytes * blocks // 256))
+        self.bytes = memoryview(bytearray(pattern) * (layout.block_bytes * blocks // len(pattern)))
 
     def call(self, fn: Callable[[Any], Any]) -> Future[Any]:
         future: Future[Any] = asyncio.get_running_loop().create_future()
@@ -55,7 +58,6 @@ class MemoryPool:
         return future
 
     def import_begin(self, request: EngineRequest, num_tokens: int) -> ImportTicket:
-        self.bytes[:] = bytes(len(self.bytes))  # also touches every page before the clock starts to matter
         ids = tuple(range(self._blocks))
         return ImportTicket(request_id=request.request_id, epoch=request.epoch, block_ids=ids, reused_blocks=0)
 
@@ -113,7 +115,7 @@ async def receive(block_kib: int, blocks: int) -> None:
     """Serves until standard input ends; prints the port first and its CPU seconds last."""
     layout = layout_of(block_kib)
     limits = ReceiveLimits(window_bytes=_WINDOW_BYTES, progress_timeout_s=10.0, remember_s=10.0)
-    pool, hooks, ledger = MemoryPool(layout, blocks), Hooks(layout, _request(blocks)), Ledger()
+    pool, hooks, ledger = MemoryPool(layout, blocks, _BLANK), Hooks(layout, _request(blocks)), Ledger()
     receiver = Receiver(port=pool, hooks=hooks, ledger=ledger, counters=TransferCounters(), limits=limits)
     server = grpc.aio.server(interceptors=[GuardInterceptor()], options=server_options())
     add_kv_transfer(KvTransferService(receiver), server)
@@ -121,7 +123,9 @@ async def receive(block_kib: int, blocks: int) -> None:
     await server.start()
     before_s = _cpu_s()
     await asyncio.to_thread(sys.stdin.read)
-    print(_cpu_s() - before_s, flush=True)
+    used_s = _cpu_s() - before_s
+    assert pool.bytes == bytearray(_CONTENT) * (len(pool.bytes) // len(_CONTENT))
+    print(used_s, flush=True)
     await server.stop(0)
 
 
@@ -135,8 +139,8 @@ async def send(port: int, block_kib: int, blocks: int, frame_kib: int) -> tuple[
 
     layout = layout_of(block_kib)
     context = SendContext(
-        port=MemoryPool(layout, blocks), holder_of=holder_of, counters=TransferCounters(), frame_bytes=frame_kib * 1024,
-        progress_timeout_s=10.0, open_patience_s=5.0, engine_alive=lambda: True, reach=reach,
+        port=MemoryPool(layout, blocks, _CONTENT), holder_of=holder_of, counters=TransferCounters(),
+        frame_bytes=frame_kib * 1024, progress_timeout_s=10.0, open_patience_s=5.0, engine_alive=lambda: True, reach=reach,
         on_progress=lambda request_id, epoch: None,
     )  # fmt: skip
     job = HandoffJob(
@@ -153,6 +157,16 @@ async def send(port: int, block_kib: int, blocks: int, frame_kib: int) -> tuple[
         handoff.end(ending, tuple(range(blocks)))
         result = await handoff.run()
         return time.monotonic() - started_s, _cpu_s() - before_s, result.bytes
+
+
+def measure_rounds(block_kib: int, blocks: int, frame_kib: int, rounds: int = 1) -> dict[str, float]:
+    """Medians of ours and of a raw socket, in turns."""
+    found = []
+    for _ in range(rounds):
+        raw = raw_socket.measure(block_kib * 1024, blocks)
+        found.append(measure(block_kib, blocks, frame_kib) | {"raw_gb_per_s": raw})
+    medians = {name: statistics.median(one[name] for one in found) for name in found[0]}
+    return medians | {"share_of_raw": medians["gb_per_s"] / medians["raw_gb_per_s"]}
 
 
 def measure(block_kib: int, blocks: int, frame_kib: int) -> dict[str, float]:
@@ -175,4 +189,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["receive"]:
         asyncio.run(receive(*map(int, sys.argv[2:])))
     else:
-        print(json.dumps(measure(*map(int, sys.argv[1:] or ("1024", "256", "512")))))
+        print(json.dumps(measure_rounds(*map(int, sys.argv[1:] or ("1024", "256", "512")))))

@@ -56,16 +56,18 @@ class OpenReply(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., credit_bytes: _Optional[int] = ..., first_block: _Optional[int] = ...) -> None: ...
 
 class PushFrame(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "data", "end")
+    __slots__ = ("transfer_id", "epoch", "data", "end", "more")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     data: BlockFrame
     end: EndFrame
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., data: _Optional[_Union[BlockFrame, _Mapping]] = ..., end: _Optional[_Union[EndFrame, _Mapping]] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[BlockFrame]
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., data: _Optional[_Union[BlockFrame, _Mapping]] = ..., end: _Optional[_Union[EndFrame, _Mapping]] = ..., more: _Optional[_Iterable[_Union[BlockFrame, _Mapping]]] = ...) -> None: ...
 
 class BlockFrame(_message.Message):
     __slots__ = ("block_index", "layer_group", "offset_bytes", "payload", "digest")

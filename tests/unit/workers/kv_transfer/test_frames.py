@@ -12,8 +12,8 @@ from protos.contract.errors import BadFrame, DigestMismatch, HandoffError
 from protos.wire import kv
 from workers.engine_api.types import KvLayout
 from workers.kv_transfer.digest import DigestScope
-from workers.kv_transfer.frames import Reassembly, split
-from workers.kv_transfer.push_codec import DataFrame, decode_push, encode_data
+from workers.kv_transfer.frames import Batch, Reassembly, split
+from workers.kv_transfer.push_codec import MAX_PARTS, DataFrame, decode_push, encode_data
 
 LAYOUT = KvLayout(block_tokens=4, num_layers=5, row_bytes=8, dtype="bytes", name="test", target_group_bytes=64)
 SCOPE = DigestScope("model=x", "r1", 7)
@@ -31,14 +31,13 @@ def cut(data: list[list[bytes]], frame_bytes: int, first: int = 0, scope: Digest
         for group, raw in enumerate(data[block]):
             view = memoryview(raw)
             for frame in split(block, group, view, scope.of(block, group, view), frame_bytes):
-                frames.append(kv.PushFrame.FromString(encode_data("t", 7, frame)).data)
+                frames.append(kv.PushFrame.FromString(encode_data("t", 7, [frame])).data)
     return frames
 
 
 def received(frame: kv.BlockFrame) -> DataFrame:
     """As the receiver's codec reads what protobuf wrote."""
-    data = decode_push(kv.PushFrame(transfer_id="t", epoch=7, data=frame).SerializeToString()).data
-    assert data is not None
+    (data,) = decode_push(kv.PushFrame(transfer_id="t", epoch=7, data=frame).SerializeToString()).data
     return data
 
 
@@ -149,3 +148,30 @@ def test_nothing_is_taken_after_the_last_block() -> None:
     reassembly, _ = put_together(frames)
     with pytest.raises(BadFrame):
         reassembly.accept(received(frames[-1]))
+
+
+@given(st.integers(1, 400), st.integers(1, 60))
+def test_batches_keep_order_and_bounds(limit_bytes: int, blocks: int) -> None:
+    data = content(blocks)
+    batch, messages, completed = Batch(limit_bytes), list[bytes](), list[int]()
+
+    def flush() -> None:
+        frames, done = batch.take()
+        assert 1 <= len(frames) <= MAX_PARTS and sum(len(frame.payload) for frame in frames) <= limit_bytes
+        messages.append(encode_data("t", 7, frames))
+        completed.extend(done)
+
+    for block, groups in enumerate(data):
+        for group, raw in enumerate(groups):
+            for frame in split(block, group, memoryview(raw), SCOPE.of(block, group, raw), limit_bytes):
+                if not batch.has_room(frame):
+                    flush()
+                batch.add(frame)
+        batch.completed.append(block)
+    flush()
+    assert batch.take() == ([], []) and completed == list(range(blocks))
+    reassembly, pool = Reassembly(LAYOUT, SCOPE, 0, blocks), b""
+    for message in messages:
+        for part in decode_push(message).data:
+            pool += bytes(reassembly.accept(part).payload)
+    assert reassembly.complete and pool == b"".join(raw for groups in data for raw in groups)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.wire import kv
-from workers.kv_transfer.push_codec import DataFrame, decode_push, encode_data, encode_other
+from workers.kv_transfer.push_codec import MAX_PARTS, DataFrame, decode_push, encode_data, encode_other
 
 U32 = st.integers(0, 2**32 - 1)
 
@@ -19,7 +19,7 @@ U32 = st.integers(0, 2**32 - 1)
 def test_protobuf_and_the_codec_read_each_other(
     transfer_id: str, epoch: int, block: int, group: int, offset: int, payload: bytes, digest: bytes
 ) -> None:
-    message = encode_data(transfer_id, epoch, DataFrame(block, group, offset, memoryview(payload), digest))
+    message = encode_data(transfer_id, epoch, [DataFrame(block, group, offset, memoryview(payload), digest)])
     parsed = kv.PushFrame.FromString(message)
     assert (parsed.transfer_id, parsed.epoch, parsed.WhichOneof("body")) == (transfer_id, epoch, "data")
     expected = kv.BlockFrame(block_index=block, layer_group=group, offset_bytes=offset, payload=payload, digest=digest)
@@ -27,21 +27,48 @@ def test_protobuf_and_the_codec_read_each_other(
     for encoded in (message, parsed.SerializeToString()):
         back = decode_push(encoded)
         assert (back.transfer_id, back.epoch, back.end) == (transfer_id, epoch, None)
-        assert back.data == DataFrame(block, group, offset, memoryview(payload), digest)
+        assert back.data == (DataFrame(block, group, offset, memoryview(payload), digest),)
 
 
 def test_ends_and_signs_of_life() -> None:
     end = kv.EndFrame(num_tokens=7, next_token_ids=b"\1\0\0\0")
     message = decode_push(encode_other("t", 3, end))
-    assert (message.transfer_id, message.epoch, message.data, message.end) == ("t", 3, None, end)
+    assert (message.transfer_id, message.epoch, message.data, message.end) == ("t", 3, (), end)
     beat = decode_push(encode_other("t", 3))
-    assert (beat.transfer_id, beat.epoch, beat.data, beat.end) == ("t", 3, None, None)
+    assert (beat.transfer_id, beat.epoch, beat.data, beat.end) == ("t", 3, (), None)
 
 
 def test_the_payload_is_a_view_of_the_message() -> None:
-    message = encode_data("t", 1, DataFrame(0, 0, 0, memoryview(b"x" * 100), b""))
-    data = decode_push(message).data
-    assert data is not None and data.payload.obj is message
+    message = encode_data("t", 1, [DataFrame(n, 0, 0, memoryview(b"x" * 100), b"") for n in range(3)])
+    assert [frame.payload.obj is message for frame in decode_push(message).data] == [True] * 3
+
+
+def some(count: int) -> list[DataFrame]:
+    rng = random.Random(count)
+    return [DataFrame(n, n % 3, 8 * n, memoryview(rng.randbytes(n % 7)), rng.randbytes(16 * (n % 2))) for n in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, MAX_PARTS])
+def test_parts_keep_their_order(count: int) -> None:
+    message = encode_data("t", 3, some(count))
+    assert decode_push(message).data == tuple(some(count))
+    parsed = kv.PushFrame.FromString(message)
+    assert [part.block_index for part in (parsed.data, *parsed.more)] == list(range(count))
+    assert decode_push(parsed.SerializeToString()).data == tuple(some(count))
+
+
+def test_more_parts_than_a_message_takes_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most 64"):
+        decode_push(encode_data("t", 3, some(MAX_PARTS)) + kv.PushFrame(more=[kv.BlockFrame()]).SerializeToString())
+    many = encode_data("t", 3, some(1)) + kv.PushFrame(more=[kv.BlockFrame()] * 1000).SerializeToString()
+    with pytest.raises(ValueError, match="fields"):
+        decode_push(many)
+
+
+@pytest.mark.parametrize("body", [{}, {"end": kv.EndFrame(num_tokens=1)}])
+def test_further_parts_without_a_first_one_are_refused(body: dict[str, kv.EndFrame]) -> None:
+    with pytest.raises(ValueError, match="without a first"):
+        decode_push(kv.PushFrame(transfer_id="t", epoch=3, more=[kv.BlockFrame(block_index=1)], **body).SerializeToString())
 
 
 @pytest.mark.parametrize(
@@ -68,7 +95,7 @@ def test_garbage_is_refused(garbage: bytes) -> None:
 
 def test_seeded_damage_raises_nothing_else() -> None:
     rng = random.Random(7)
-    whole = encode_data("t" * 32, 5, DataFrame(3, 1, 64, memoryview(b"y" * 40), b"d" * 16))
+    whole = encode_data("t" * 32, 5, [DataFrame(n, 1, 64, memoryview(b"y" * 40), b"d" * 16) for n in (3, 4)])
     refused = 0
     for _ in range(1000):
         damaged = bytearray(whole[: rng.randint(1, len(whole))])
