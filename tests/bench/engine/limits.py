@@ -1,11 +1,14 @@
 """What the machine can do with some threads: `python -m tests.bench.engine.limits THREADS [read]` prints one JSON object.
 
 Bandwidths in bytes/s, GEMM rates in FLOP/s (2 m n k); the best of several runs, because a limit is what was reached once.
+With `read`, the median instead: what reading sustains for a second, to be compared with a decode of about a second beside
+it. On a shared machine the best of many short reads is another quantity, half as large again at times.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +16,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+Pick = Callable[[list[float]], float]
 
 READ_SIZES = {"read_2gib": 2 << 30, "read_269mb": 269_000_000}
 COPY_BYTES = 1 << 30
@@ -32,11 +37,11 @@ def measure(threads: int, scale: int = 1, seconds: float = 1.5) -> dict[str, flo
 
 
 def measure_reads(threads: int, scale: int = 1, seconds: float = 1.0) -> dict[str, float]:
-    """Only what reading takes; on a shared machine it changes from minute to minute."""
+    """What reading sustains; on a shared machine it changes from minute to minute."""
     import torch
 
     torch.set_num_threads(threads)
-    return {name: _read_rate(size // scale, seconds) for name, size in READ_SIZES.items()}
+    return {name: _read_rate(size // scale, seconds, statistics.median) for name, size in READ_SIZES.items()}
 
 
 def _copy_rate(size: int, seconds: float) -> float:
@@ -45,16 +50,16 @@ def _copy_rate(size: int, seconds: float) -> float:
 
     source = torch.ones(size, dtype=torch.uint8)
     target = torch.zeros_like(source)
-    return 2 * size / _best_s(lambda: target.copy_(source), seconds)
+    return 2 * size / _run_s(lambda: target.copy_(source), seconds)
 
 
-def _read_rate(size: int, seconds: float) -> float:
+def _read_rate(size: int, seconds: float, pick: Pick = min) -> float:
     """The better of a matrix-vector product and a sum over fp32 numbers; each reads every byte once."""
     import torch
 
     columns = 4096
     matrix, vector = torch.ones(size // 4 // columns, columns), torch.ones(columns)
-    return matrix.nbytes / min(_best_s(lambda: matrix @ vector, seconds), _best_s(matrix.sum, seconds))
+    return matrix.nbytes / min(_run_s(lambda: matrix @ vector, seconds, pick), _run_s(matrix.sum, seconds, pick))
 
 
 def _gemm_rate(side: int, dtype: torch.dtype, seconds: float) -> float:
@@ -62,17 +67,18 @@ def _gemm_rate(side: int, dtype: torch.dtype, seconds: float) -> float:
     import torch
 
     left, right = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
-    return 2 * side**3 / _best_s(lambda: left @ right.T, seconds)
+    return 2 * side**3 / _run_s(lambda: left @ right.T, seconds)
 
 
-def _best_s(work: Callable[[], object], seconds: float) -> float:
+def _run_s(work: Callable[[], object], seconds: float, pick: Pick = min) -> float:
+    """One run's time, picked from as many as `seconds` hold."""
     work()
-    best_s, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
+    times_s, until = [], time.perf_counter() + seconds
+    while not times_s or time.perf_counter() < until:
         started_s = time.perf_counter()
         work()
-        best_s = min(best_s, time.perf_counter() - started_s)
-    return best_s
+        times_s.append(time.perf_counter() - started_s)
+    return pick(times_s)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def compare(
 def read_rows(model: str, reads: Sequence[Mapping[str, float]]) -> list[Row]:
     """The read limits of the rounds of batch 1."""
     return [
-        compare("machine limit beside decode batch 1", f"{model}, {name.replace('_', ' ')}", "GB/s", rates, "", "", None)
+        compare("sustained reading beside decode batch 1", f"{model}, {name.replace('_', ' ')}", "GB/s", rates, "", "", None)
         for name in READS
         if (rates := [one[name] / 1e9 for one in reads])
     ]
