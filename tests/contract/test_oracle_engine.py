@@ -7,6 +7,7 @@ import pytest
 from tests.contract.driver import EngineFactory, EngineShape, Expected
 from tests.contract.engine_contract import EngineContract
 from tests.contract.engine_handoff_contract import HandOffContract
+from tests.contract.engine_move_contract import MoveContract
 from tests.contract.engine_prefix_contract import PrefixContract
 from workers.batching.paged_engine import EngineLimits, PagedEngine
 from workers.engine_api.types import SamplingParams
@@ -47,4 +48,8 @@ class TestOracleHandOff(HandOffContract):
 
 
 class TestOraclePrefix(PrefixContract):
+    pass
+
+
+class TestOracleMoves(MoveContract):
     pass

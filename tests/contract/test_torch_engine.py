@@ -11,6 +11,7 @@ import torch
 from tests.contract.driver import EngineFactory, EngineShape, Expected
 from tests.contract.engine_contract import EngineContract
 from tests.contract.engine_handoff_contract import HandOffContract
+from tests.contract.engine_move_contract import MoveContract
 from tests.contract.engine_prefix_contract import PrefixContract
 from tests.support.torch_models import an_engine, tensors_of
 from workers.engine_api.protocol import Engine
@@ -77,4 +78,8 @@ class TestTorchHandOff(HandOffContract):
 
 
 class TestTorchPrefix(PrefixContract):
+    pass
+
+
+class TestTorchMoves(MoveContract):
     pass

@@ -47,11 +47,26 @@ def check_fits(request: EngineRequest, identity: ModelIdentity, block_tokens: in
         raise OutOfBlocks(f"{request.request_id}: needs {blocks} KV blocks, the whole pool has {num_blocks}")
 
 
-def check_handed_tokens(request: EngineRequest, tokens: Sequence[int], identity: ModelIdentity) -> None:
-    """Raises BadFrame unless a sequence can go on behind these sampled tokens."""
+def check_ahead(request: EngineRequest, num_tokens: int, ahead_tokens: int) -> None:
+    """Raises InvalidRequest when rows of later outputs are not behind all known ones, or beyond the request's end."""
+    if not ahead_tokens:
+        return
+    known = len(request.prompt) + len(request.output)
+    most = len(request.prompt) + request.sampling.max_tokens - 1
+    if ahead_tokens < 0 or num_tokens != known or num_tokens + ahead_tokens > most:
+        raise InvalidRequest(f"{request.request_id}: {num_tokens} + {ahead_tokens} KV rows, {known} known, at most {most}")
+
+
+def check_handed_tokens(
+    request: EngineRequest, tokens: Sequence[int], num_tokens: int, room_tokens: int, identity: ModelIdentity
+) -> None:
+    """Raises BadFrame unless a sequence can go on behind these sampled tokens and `num_tokens` KV rows."""
     name = request.request_id
-    if not tokens:
+    known = len(request.prompt) + len(request.output) + len(tokens)
+    if known <= num_tokens:
         raise BadFrame(f"{name}: no sampled token was handed over, there is nothing to go on from")
+    if not 0 < num_tokens <= room_tokens:
+        raise BadFrame(f"{name}: {num_tokens} KV rows where there is room for {room_tokens}")
     if not tokens_in_vocabulary(tokens, identity.vocab_size):
         raise BadFrame(f"{name}: a sampled token is outside 0..{identity.vocab_size - 1}")
     outputs = len(request.output) + len(tokens)

@@ -81,6 +81,10 @@ class BlockLedger:
         """Gives one more block. Raises OutOfBlocks when there is none."""
         sequence.blocks += self.pool.allocate(1)
 
+    def trim(self, sequence: Sequence) -> None:
+        """Takes back the blocks behind the computed rows."""
+        self.pool.free_blocks(reversed(sequence.give_up_blocks(-(-sequence.num_computed // sequence.block_tokens))))
+
     def take_back(self, sequence: Sequence) -> None:
         """Takes all blocks of the sequence; the last ones go first, so that they are evicted before what they build on."""
         self.pool.free_blocks(reversed(sequence.take_blocks()))

@@ -10,7 +10,7 @@ from operator import attrgetter
 
 from protos.contract.block_hash import root_hash
 from protos.contract.errors import BadFrame, InvalidRequest, OutOfBlocks, StaleEpoch
-from workers.batching.admission import check_fits, check_handed_tokens, check_request
+from workers.batching.admission import check_ahead, check_fits, check_handed_tokens, check_request
 from workers.batching.constraint import Constrainer, open_constraint
 from workers.batching.import_gate import ImportGate
 from workers.batching.integrity import check_stages
@@ -27,6 +27,7 @@ from workers.engine_api.types import (
     ImportTicket,
     KvLayout,
     ModelIdentity,
+    Paused,
     Phase,
     PrefixTicket,
     StepResult,
@@ -141,13 +142,38 @@ class PagedEngine:
             self._plan = None
             self._ledger.unpin((request_id, epoch))
 
+    def pause(self, request_id: str, epoch: int) -> Paused | None:
+        with self._lock:
+            sequence = self._sequences.get(request_id)
+            if sequence is None or sequence.epoch != epoch:
+                raise StaleEpoch(f"{request_id}: epoch {epoch} is not here")
+            if sequence.state is not SequenceState.DECODING:
+                return None
+            self._plan = None
+            sequence.move(SequenceState.HELD)
+            self._running.remove(sequence)
+            output = tuple(sequence.tokens[sequence.num_prompt :])
+            return Paused(output, sequence.num_computed, self._ledger.pin(sequence))
+
+    def resume(self, request_id: str, epoch: int) -> bool:
+        with self._lock:
+            sequence = self._sequences.get(request_id)
+            if sequence is None or sequence.epoch != epoch or sequence.state is not SequenceState.HELD:
+                return False
+            if sequence.request.phase is not Phase.FULL:
+                return False
+            self._plan = None
+            sequence.move(SequenceState.DECODING)
+            insort(self._running, sequence, key=_by_age)
+            return True
+
     def export_kv(self, block_id: int, group: int) -> memoryview:
         """Raises StaleEpoch when the block is not pinned (any more)."""
         if not self._ledger.is_pinned(block_id):
             raise StaleEpoch(f"block {block_id} is not pinned: its bytes may belong to another sequence")
         return self._runner.read_block(block_id, group)
 
-    def import_begin(self, request: EngineRequest, num_tokens: int) -> ImportTicket:
+    def import_begin(self, request: EngineRequest, num_tokens: int, ahead_tokens: int = 0) -> ImportTicket:
         """The phase of the request does not matter: what was imported decodes here."""
         request = replace(request, phase=Phase.FULL)
         with self._lock:
@@ -156,10 +182,12 @@ class PagedEngine:
             check_fits(request, self._identity, size, self._ledger.pool.num_blocks)
             if not 1 <= num_tokens <= len(request.prompt) + len(request.output):
                 raise InvalidRequest(f"{request.request_id}: {num_tokens} KV rows of {len(request.prompt)} prompt tokens")
+            check_ahead(request, num_tokens, ahead_tokens)
             sequence = self._enter(request, SequenceState.IMPORTING)
             try:
-                hits = self._ledger.match(sequence, num_tokens)
-                total = -(-num_tokens // size)
+                # The last known token of a sequence that decodes elsewhere may have no row there: it stays to be written.
+                hits = self._ledger.match(sequence, num_tokens - (ahead_tokens > 0))
+                total = -(-(num_tokens + ahead_tokens) // size)
                 self._leave_room_for_preempted(total - len(hits))
                 self._ledger.give([Grant(sequence, hits, total)])
             except OutOfBlocks:
@@ -174,17 +202,23 @@ class PagedEngine:
     def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
         self._gate.write(block_id, group, offset_bytes, data)
 
-    def import_commit(self, request_id: str, epoch: int, next_token_ids: tuple[int, ...]) -> None:
+    def import_commit(
+        self, request_id: str, epoch: int, next_token_ids: tuple[int, ...], num_tokens: int | None = None
+    ) -> None:
         """Raises BadFrame, and leaves the import open, when the sequence cannot go on behind `next_token_ids`."""
         with self._lock:
             sequence = self._sequences.get(request_id)
             if sequence is None or sequence.epoch != epoch or sequence.state is not SequenceState.IMPORTING:
                 raise StaleEpoch(f"{request_id}: no import of epoch {epoch} is open")
-            check_handed_tokens(sequence.request, next_token_ids, self._identity)
+            rows = sequence.num_computed if num_tokens is None else num_tokens
+            room_tokens = len(sequence.blocks) * self._layout.block_tokens
+            check_handed_tokens(sequence.request, next_token_ids, rows, room_tokens, self._identity)
             self._plan = None
             self._gate.close(sequence.blocks)
-            self._ledger.file_computed(sequence)
             sequence.tokens += next_token_ids
+            sequence.num_computed = rows
+            self._ledger.trim(sequence)
+            self._ledger.file_computed(sequence)
             sequence.foresee()
             if len(sequence.tokens) == sequence.num_computed + 1:
                 sequence.move(SequenceState.DECODING)

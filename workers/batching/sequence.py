@@ -18,7 +18,7 @@ class SequenceState(Enum):
     WAITING = auto()  # no blocks; new, or preempted and to be recomputed
     PREFILLING = auto()  # has blocks for all known tokens; rows are computed in chunks
     DECODING = auto()  # one known token without a row: the last one
-    HELD = auto()  # prefilled for somebody else; keeps its blocks until the hand-off is over
+    HELD = auto()  # prefilled for somebody else, or paused to be moved; keeps its blocks until the hand-off is over
     IMPORTING = auto()  # blocks reserved; their bytes arrive from another worker
     ENDED = auto()  # owns nothing
 
@@ -28,8 +28,8 @@ TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
     SequenceState.PREFILLING: frozenset(
         {SequenceState.DECODING, SequenceState.HELD, SequenceState.WAITING, SequenceState.ENDED}
     ),
-    SequenceState.DECODING: frozenset({SequenceState.WAITING, SequenceState.ENDED}),
-    SequenceState.HELD: frozenset({SequenceState.ENDED}),
+    SequenceState.DECODING: frozenset({SequenceState.WAITING, SequenceState.HELD, SequenceState.ENDED}),
+    SequenceState.HELD: frozenset({SequenceState.DECODING, SequenceState.ENDED}),
     SequenceState.IMPORTING: frozenset({SequenceState.DECODING, SequenceState.WAITING, SequenceState.ENDED}),
     SequenceState.ENDED: frozenset(),
 }
@@ -135,6 +135,13 @@ class Sequence:
         blocks, self.blocks = self.blocks, []
         self._table = ()
         self.num_computed = 0
+        return blocks
+
+    def give_up_blocks(self, first: int) -> list[int]:
+        """Takes the blocks from `first` on out of the table; the caller owns the references now."""
+        blocks = self.blocks[first:]
+        del self.blocks[first:]
+        self._table = ()
         return blocks
 
     def append(self, token_id: int, context_tokens: int) -> FinishReason | None:

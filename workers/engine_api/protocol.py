@@ -13,6 +13,7 @@ from workers.engine_api.types import (
     ImportTicket,
     KvLayout,
     ModelIdentity,
+    Paused,
     PrefixTicket,
     StepResult,
 )
@@ -84,6 +85,17 @@ class Engine(Protocol):
         """Gives back the references of `pin`. Idempotent."""
         ...
 
+    def pause(self, request_id: str, epoch: int) -> Paused | None:
+        """Stops a decoding sequence, pins its blocks and holds it until `resume`, `release` or `abort`.
+
+        None, and nothing changes, when it is in another stage (preempted, held). Raises StaleEpoch when it is not here.
+        """
+        ...
+
+    def resume(self, request_id: str, epoch: int) -> bool:
+        """A paused sequence decodes on, as if it had never stopped; False when none of that epoch is paused. Idempotent."""
+        ...
+
     def export_kv(self, block_id: int, group: int) -> memoryview:
         """The bytes of one layer group of a pinned block, without a copy where the device allows it.
 
@@ -91,8 +103,9 @@ class Engine(Protocol):
         """
         ...
 
-    def import_begin(self, request: EngineRequest, num_tokens: int) -> ImportTicket:
-        """Reserves blocks for `num_tokens` KV rows of `prompt + output` and for nothing more.
+    def import_begin(self, request: EngineRequest, num_tokens: int, ahead_tokens: int = 0) -> ImportTicket:
+        """Reserves blocks for `num_tokens` KV rows of `prompt + output`, for `ahead_tokens` rows of outputs that are sampled
+        elsewhere meanwhile, and for nothing more.
 
         Raises OutOfBlocks when the pool cannot give them now, StaleEpoch when the same or a newer epoch is here.
         An older epoch of the request is aborted first.
@@ -103,11 +116,14 @@ class Engine(Protocol):
         """Writes bytes into a block of an open import. Raises BadFrame when they do not fit the layer group."""
         ...
 
-    def import_commit(self, request_id: str, epoch: int, next_token_ids: tuple[int, ...]) -> None:
+    def import_commit(
+        self, request_id: str, epoch: int, next_token_ids: tuple[int, ...], num_tokens: int | None = None
+    ) -> None:
         """The imported rows are verified: the sequence decodes from the next step on.
 
-        `next_token_ids` are the outputs sampled elsewhere whose KV rows are not here yet; the engine does not report
-        them again. Full blocks enter the prefix cache now and not earlier. Raises StaleEpoch when no such import is open.
+        `next_token_ids` are the outputs sampled elsewhere; the engine does not report them again. `num_tokens` rows came, by
+        default those that `import_begin` named; what was reserved beyond them is given back. Full blocks enter the prefix
+        cache now and not earlier. Raises StaleEpoch when no such import is open.
         """
         ...
 

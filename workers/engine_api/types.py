@@ -104,6 +104,18 @@ class PrefillProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """A sequence that decodes no more until it is resumed: `num_tokens` KV rows are final, in pinned `block_ids`.
+
+    `output` is all of it; its last token has no row yet.
+    """
+
+    output: tuple[int, ...]
+    num_tokens: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The engine gave up on one sequence and freed what it held; its batch mates are unaffected.
 

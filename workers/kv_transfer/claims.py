@@ -32,11 +32,20 @@ class Expectation:
     request: EngineRequest
     source_instance: str
     source_incarnation: int
+    is_move: bool = False  # the request decodes at the source meanwhile: more rows and tokens come than Redis knows of
 
     @property
     def num_tokens(self) -> int:
-        """KV rows that must come."""
+        """KV rows that must come; of a move, those of the tokens that are known here."""
         return len(self.request.prompt) + len(self.request.output)
+
+    @property
+    def most_tokens(self) -> int:
+        """KV rows that may come."""
+        if not self.is_move:
+            return self.num_tokens
+        # The last token is never fed back: it needs no row.
+        return max(self.num_tokens, len(self.request.prompt) + self.request.sampling.max_tokens - 1)
 
 
 def check_addressee(claim: kv.OpenRequest, here: Addressee) -> None:
@@ -77,30 +86,32 @@ def check_expected(claim: kv.OpenRequest, expected: Expectation, here: Addressee
             f"{claim.request_id}: comes from {source[0]} incarnation {source[1]}, assigned is "
             f"{expected.source_instance} incarnation {expected.source_incarnation}"
         )
-    num_blocks = -(-expected.num_tokens // here.layout.block_tokens)
-    if (claim.num_tokens, claim.num_blocks) != (expected.num_tokens, num_blocks):
+    in_range = expected.num_tokens + expected.is_move <= claim.num_tokens <= expected.most_tokens
+    if not in_range or claim.num_blocks != -(-claim.num_tokens // here.layout.block_tokens):
         raise BadFrame(
             f"{claim.request_id}: {claim.num_tokens} tokens in {claim.num_blocks} blocks, "
-            f"the request has {expected.num_tokens} in {num_blocks}"
+            f"the request has {expected.num_tokens} to {expected.most_tokens}, {here.layout.block_tokens} in a block"
         )
     if claim.block_hashes != sequence_hashes(here.fingerprint, request):
         raise BadFrame(f"{claim.request_id}: the block hashes are not those of the request's tokens")
 
 
-def check_end(end: kv.EndFrame, expected: Expectation, here: Addressee) -> tuple[int, ...]:
-    """The tokens to go on with. Raises BadFrame when counts, indexes or ids are out of place."""
-    if end.num_tokens != expected.num_tokens:
-        raise BadFrame(f"end: {end.num_tokens} tokens, opened with {expected.num_tokens}")
+def check_end(end: kv.EndFrame, expected: Expectation, here: Addressee, room_tokens: int) -> tuple[int, ...]:
+    """The tokens to go on with; `room_tokens` rows were reserved.
+
+    Raises BadFrame when counts, indexes or ids are out of place.
+    """
     if end.first_output_index != len(expected.request.output):
         raise BadFrame(f"end: goes on at output {end.first_output_index}, not {len(expected.request.output)}")
-    if not 4 <= len(end.next_token_ids) <= 4 * MAX_NEXT_TOKENS or len(end.next_token_ids) % 4:
-        raise BadFrame(f"end: {len(end.next_token_ids)} bytes of next tokens")
+    _check_counts(end, expected, room_tokens)
     tokens = tuple(unpack_tokens(end.next_token_ids))
-    if max(tokens) >= here.vocab_size:
+    if max(tokens, default=0) >= here.vocab_size:
         raise BadFrame(f"end: token id {max(tokens)} is outside the vocabulary of {here.vocab_size}")
     if end.next_logprobs and len(end.next_logprobs) != len(tokens):
         raise BadFrame(f"end: logprobs of {len(end.next_logprobs)} tokens, {len(tokens)} come along")
     for packed in end.next_logprobs:
+        if expected.is_move and not packed:
+            continue  # of a token that its client has
         try:
             _, ids, _ = unpack_logprobs(packed)
         except ValueError as error:
@@ -108,3 +119,18 @@ def check_end(end: kv.EndFrame, expected: Expectation, here: Addressee) -> tuple
         if max(ids, default=0) >= here.vocab_size:
             raise BadFrame(f"end: logprobs of token id {max(ids)} outside the vocabulary of {here.vocab_size}")
     return tokens
+
+
+def _check_counts(end: kv.EndFrame, expected: Expectation, room_tokens: int) -> None:
+    """Rows and tokens fit each other: the token behind the last row comes along, or is known already."""
+    count, odd = divmod(len(end.next_token_ids), 4)
+    if expected.is_move:
+        if odd or count != end.num_tokens + 1 - expected.num_tokens:
+            raise BadFrame(f"end: {len(end.next_token_ids)} bytes of next tokens behind {end.num_tokens} rows")
+        if end.num_tokens > room_tokens:
+            raise BadFrame(f"end: {end.num_tokens} rows, room was made for {room_tokens}")
+        return
+    if end.num_tokens != expected.num_tokens:
+        raise BadFrame(f"end: {end.num_tokens} tokens, opened with {expected.num_tokens}")
+    if odd or not 1 <= count <= MAX_NEXT_TOKENS:
+        raise BadFrame(f"end: {len(end.next_token_ids)} bytes of next tokens")

@@ -98,8 +98,12 @@ class Reassembly:
 
     @property
     def complete(self) -> bool:
-        """True when every block is verified."""
+        """True when every block is verified that there is room for."""
         return self._block == self._num_blocks
+
+    def is_whole(self, num_blocks: int) -> bool:
+        """True when exactly the first `num_blocks` blocks are verified, or were there before."""
+        return self._block == num_blocks and not self._group and not self._offset
 
     def rewind(self) -> None:
         """Forgets what came of the block that is not complete: the sender starts again with it."""

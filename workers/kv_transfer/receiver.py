@@ -176,12 +176,14 @@ class Receiver:
         async with lock:
             current = self._table.of_request(claim.request_id)
             if current is not None and current.expected == expected:
+                if claim.num_tokens != current.room_tokens:
+                    raise BadFrame(f"{claim.request_id}: opened with {current.room_tokens} tokens, now {claim.num_tokens}")
                 return await self._open_again(current)
             if current is not None and current.epoch >= claim.epoch:
                 raise StaleEpoch(f"{claim.request_id}: epoch {current.epoch} is here already")
             if current is not None:
                 await self._abort(current, StaleEpoch(f"{claim.request_id}: epoch {claim.epoch} has begun"))
-            return await self._reserve(expected, here)
+            return await self._reserve(expected, here, claim.num_tokens)
 
     async def _open_again(self, transfer: Transfer) -> kv.OpenReply:
         if transfer.committing is not None:
@@ -195,18 +197,19 @@ class Receiver:
         first_block = transfer.reassembly.verified_blocks
         return kv.OpenReply(transfer_id=transfer.transfer_id, credit_bytes=transfer.reset_credit(), first_block=first_block)
 
-    async def _reserve(self, expected: Expectation, here: Addressee) -> kv.OpenReply:
-        request = expected.request
+    async def _reserve(self, expected: Expectation, here: Addressee, room_tokens: int) -> kv.OpenReply:
+        request, known = expected.request, expected.num_tokens
         returning = self._returning.get(request.request_id)
         if returning is not None:
             await asyncio.shield(returning)
-        ticket = await self._port.call(lambda engine: engine.import_begin(request, expected.num_tokens))
+        ticket = await self._port.call(lambda engine: engine.import_begin(request, known, room_tokens - known))
         scope = DigestScope(fingerprint_key(here.fingerprint), request.request_id, request.epoch)
         transfer = Transfer(
             expected=expected,
             ticket=ticket,
             reassembly=Reassembly(here.layout, scope, ticket.reused_blocks, len(ticket.block_ids)),
             window_bytes=self._limits.window_bytes,
+            room_tokens=room_tokens,
             touched_s=time.monotonic(),
         )
         self._ledger.open(
@@ -296,10 +299,12 @@ class Receiver:
 
     async def _end(self, transfer: Transfer, end: kv.EndFrame) -> kv.Commit:
         if transfer.committing is None:
-            tokens = check_end(end, transfer.expected, self._hooks.here())
-            if not transfer.reassembly.complete:
+            here = self._hooks.here()
+            tokens = check_end(end, transfer.expected, here, transfer.room_tokens)
+            num_blocks = -(-end.num_tokens // here.layout.block_tokens)
+            if not transfer.reassembly.is_whole(num_blocks):
                 verified = transfer.reassembly.verified_blocks
-                raise BadFrame(f"{transfer.request_id}: ended with {verified} of {transfer.num_blocks} blocks")
+                raise BadFrame(f"{transfer.request_id}: ended with {verified} of {num_blocks} blocks")
             transfer.lifecycle.move(ReceiveState.VERIFYING)
             transfer.committing = self._spawn(self._commit(transfer, end, tokens))
         return await asyncio.shield(transfer.committing)
@@ -314,7 +319,12 @@ class Receiver:
                 raise transfer.ended_by
             timeline = common.Timeline()
             timeline.CopyFrom(end.timeline)
-            timeline.handoff_exposed_s = max(0.0, end.since_prefill_s) + time.monotonic() - started_s
+            exposed_s = max(0.0, end.since_prefill_s) + time.monotonic() - started_s
+            if transfer.expected.is_move:
+                timeline.migrations += 1
+                timeline.migration_pause_s += exposed_s
+            else:
+                timeline.handoff_exposed_s = exposed_s
             self._hooks.arrived(
                 Arrived(
                     request_id=request_id,
@@ -325,7 +335,7 @@ class Receiver:
                     next_logprobs=tuple(end.next_logprobs),
                 )
             )
-            await self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens))
+            await self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens, end.num_tokens))
             if transfer.ended_by is not None:
                 raise transfer.ended_by
         except AutanError as error:

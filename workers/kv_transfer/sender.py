@@ -64,27 +64,30 @@ class HandoffJob:
     target_incarnation: int
     fingerprint: common.Fingerprint
     capability: bytes = b""  # serialised kv.Capability; empty where none is needed
+    ahead_tokens: int = 0  # rows that may come on top: the request decodes at the source while it moves
+    source_epoch: int | None = None  # of a move: the source holds the request at this epoch until the commit
 
     @property
     def num_tokens(self) -> int:
-        """KV rows to hand over: everything that was known when the prefill began."""
-        return len(self.request.prompt) + len(self.request.output)
+        """KV rows to hand over at most: everything that was known at the beginning, and what may come on top."""
+        return len(self.request.prompt) + len(self.request.output) + self.ahead_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """What the target needs to go on. `prefill_ended_s` is monotonic time."""
+    """What the target needs to go on. `prefill_ended_s` is monotonic time; of a move it is when the source paused."""
 
     next_token_ids: tuple[int, ...]
     first_output_index: int
     timeline: common.Timeline
     prefill_ended_s: float
     next_logprobs: tuple[bytes, ...] = ()  # packed, of next_token_ids; empty: none
+    num_tokens: int | None = None  # KV rows in all, when there are fewer than the job makes room for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoffResult:
-    """What a committed hand-off took. `exposed_s` is the end of the prefill to the commit."""
+    """What a committed hand-off took. `exposed_s` is the end of the prefill, or the pause of a move, to the commit."""
 
     blocks: int
     reused_blocks: int
@@ -150,11 +153,17 @@ class Handoff:
         self._wake = asyncio.Event()
         self._transfer_id = ""
         self._measures = _Measures()
+        self._next_block = 0
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the whole sequence, the partial one included."""
+        """Blocks of the whole sequence, the partial one included; of a move, the most that it may have."""
         return -(-self.job.num_tokens // self._context.port.layout.block_tokens)
+
+    @property
+    def blocks_behind(self) -> int:
+        """Blocks that may go and were not sent yet; all of them before the receiver has answered."""
+        return len(self._ready) - self._next_block
 
     def blocks_ready(self, computed_tokens: int, block_ids: tuple[int, ...]) -> None:
         """The first `computed_tokens` rows are final, in pinned `block_ids`: their full blocks may go.
@@ -166,7 +175,8 @@ class Handoff:
     def end(self, ending: Ending, block_ids: tuple[int, ...]) -> None:
         """All rows are final: the rest may go, the last partial block included, and then the end frame."""
         self._ending = ending
-        self._extend(self.num_blocks, block_ids)
+        rows = self.job.num_tokens if ending.num_tokens is None else ending.num_tokens
+        self._extend(-(-rows // self._context.port.layout.block_tokens), block_ids)
 
     def _extend(self, num_ready: int, block_ids: tuple[int, ...]) -> None:
         self._ready += block_ids[len(self._ready) : num_ready]
@@ -277,14 +287,15 @@ class Handoff:
 
     async def _push(self, stream: PushStream, reply: kv.OpenReply) -> None:
         batch = Batch(min(self._context.frame_bytes, reply.credit_bytes // 2))
-        for index in range(reply.first_block, self.num_blocks):
-            while index >= len(self._ready):
+        self._next_block = reply.first_block
+        while self._ending is None or self._next_block < len(self._ready):
+            if self._next_block >= len(self._ready):
                 await self._beat(stream)
+                continue
             started_s = time.monotonic()
-            await self._push_block(stream, index, batch)
+            await self._push_block(stream, self._next_block, batch)
             self._measures.busy_s += time.monotonic() - started_s
-        while self._ending is None:
-            await self._beat(stream)
+            self._next_block += 1
 
     async def _push_block(self, stream: PushStream, index: int, batch: Batch) -> None:
         """Puts one block into the batch, which goes out when it is full and when no other block is ready."""
@@ -326,12 +337,13 @@ class Handoff:
         await self._context.reach("handoff.before_end")
         timeline = common.Timeline()
         timeline.CopyFrom(ending.timeline)
-        timeline.handoff_blocks = self._measures.blocks
-        timeline.handoff_reused_blocks = self._measures.reused
-        timeline.handoff_bytes = self._measures.bytes
-        timeline.handoff_s = self._measures.busy_s
+        if self.job.source_epoch is None:
+            timeline.handoff_blocks = self._measures.blocks
+            timeline.handoff_reused_blocks = self._measures.reused
+            timeline.handoff_bytes = self._measures.bytes
+            timeline.handoff_s = self._measures.busy_s
         end = kv.EndFrame(
-            num_tokens=self.job.num_tokens,
+            num_tokens=self.job.num_tokens if ending.num_tokens is None else ending.num_tokens,
             next_token_ids=pack_tokens(ending.next_token_ids),
             first_output_index=ending.first_output_index,
             timeline=timeline,
@@ -362,6 +374,8 @@ class Handoff:
     async def _is_committed(self) -> bool:
         request = self.job.request
         holder = await self._context.holder_of(request.request_id)
+        if holder is not None and holder.epoch == self.job.source_epoch:
+            return False  # the move has not been committed
         if holder is None or holder.epoch != request.epoch:
             raise StaleEpoch(f"{request.request_id}: epoch {request.epoch} is over")
         target = (self.job.target_instance, self.job.target_incarnation)

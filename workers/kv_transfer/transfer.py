@@ -23,6 +23,7 @@ class Transfer:
     ticket: ImportTicket
     reassembly: Reassembly
     window_bytes: int
+    room_tokens: int  # KV rows that blocks were reserved for
     touched_s: float
     transfer_id: str = field(default_factory=lambda: secrets.token_hex(16))
     lifecycle: Lifecycle[ReceiveState] = field(default_factory=receiving)

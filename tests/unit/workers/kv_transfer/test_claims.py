@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,9 +96,9 @@ def end(**changes: Any) -> kv.EndFrame:
 
 
 def test_the_right_end_passes() -> None:
-    assert check_end(end(), EXPECTED, HERE) == (99,)
-    assert check_end(end(next_token_ids=pack_tokens([0, 1])), EXPECTED, HERE) == (0, 1)
-    assert check_end(end(next_logprobs=[pack_logprobs(-1.0, [99], [-1.0])]), EXPECTED, HERE) == (99,)
+    assert check_end(end(), EXPECTED, HERE, 10) == (99,)
+    assert check_end(end(next_token_ids=pack_tokens([0, 1])), EXPECTED, HERE, 10) == (0, 1)
+    assert check_end(end(next_logprobs=[pack_logprobs(-1.0, [99], [-1.0])]), EXPECTED, HERE, 10) == (99,)
 
 
 @pytest.mark.parametrize(
@@ -118,4 +119,43 @@ def test_the_right_end_passes() -> None:
 )
 def test_every_wrong_end_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(BadFrame):
-        check_end(end(**changes), EXPECTED, HERE)
+        check_end(end(**changes), EXPECTED, HERE, 10)
+
+
+MOVED = Expectation(
+    request=replace(REQUEST, sampling=SamplingParams(max_tokens=9)), source_instance="p", source_incarnation=2, is_move=True
+)
+
+
+@pytest.mark.parametrize(("num_tokens", "fits"), [(9, False), (10, False), (11, True), (17, True), (18, False)])
+def test_a_move_makes_room_for_rows_to_come_but_not_beyond_the_end(num_tokens: int, fits: bool) -> None:
+    message = claim(num_tokens=num_tokens, num_blocks=-(-num_tokens // 4))
+    if fits:
+        check_expected(message, MOVED, HERE)
+    else:
+        with pytest.raises(BadFrame):
+            check_expected(message, MOVED, HERE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({"num_tokens": 9, "next_token_ids": b""}, ()),
+        ({}, (99,)),
+        ({"next_logprobs": [b""]}, (99,)),
+        ({"num_tokens": 12, "next_token_ids": pack_tokens([1, 2, 3])}, (1, 2, 3)),
+        ({"num_tokens": 13, "next_token_ids": pack_tokens([1, 2, 3, 4])}, None),
+        ({"num_tokens": 8, "next_token_ids": b""}, None),
+        ({"num_tokens": 11}, None),
+        ({"num_tokens": 9}, None),
+        ({"next_token_ids": pack_tokens([100])}, None),
+        ({"next_logprobs": [b"12345"]}, None),
+        ({"first_output_index": 0}, None),
+    ],
+)
+def test_rows_and_tokens_of_a_move_fit_each_other(changes: dict[str, Any], tokens: tuple[int, ...] | None) -> None:
+    if tokens is not None:
+        assert check_end(end(**changes), MOVED, HERE, 12) == tokens
+        return
+    with pytest.raises(BadFrame):
+        check_end(end(**changes), MOVED, HERE, 12)
