@@ -228,6 +228,22 @@ class Store:
         cursor.leading_code()
         return replies.ReapReply(cursor.number(), cursor.many(decode.reaped), cursor.many(Cursor.text))
 
+    async def migrate(
+        self, migrations: Sequence[replies.Migration], *, max_migrations: int, leader_id: str = "", leader_epoch: int = 0
+    ) -> list[replies.AssignOutcome]:
+        """Begins moves of decoding requests; one outcome each, with the epoch of the move: OK, DUPLICATE, STALE, STATE, FULL
+        (`max_migrations` were begun) or GONE. Without a leader it is an operator's wish. Raises NotLeader.
+        """
+        outcomes: list[replies.AssignOutcome] = []
+        for part in chunks(migrations, ASSIGN_BATCH):
+            arguments: list[Argument] = [leader_id, leader_epoch, max_migrations, len(part)]
+            for at in part:
+                arguments += (at.request_id, at.expected_epoch, at.target, at.target_inc, at.blocks)
+            cursor = await self._call(Fn.MIGRATE, *arguments)
+            cursor.leading_code()
+            outcomes += [replies.AssignOutcome(cursor.code(), cursor.number()) for _ in part]
+        return outcomes
+
     # core, operators
 
     async def drain(self, instance_id: str, on: bool) -> Code:

@@ -176,6 +176,17 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Migration:
+    """Where one decoding request shall move; `blocks` are charged to the target."""
+
+    request_id: str
+    expected_epoch: int
+    target: str
+    target_inc: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class AssignOutcome:
     """OK with the new epoch; STALE, STATE or GONE with the epoch that the request has (0 when GONE)."""
 

@@ -32,6 +32,7 @@ class Fn(StrEnum):
     VIEW = "autan_view"
     ASSIGN = "autan_assign"
     REAP = "autan_reap"
+    MIGRATE = "autan_migrate"
     # worker
     REGISTER = "autan_register"
     DEREGISTER = "autan_deregister"
@@ -39,6 +40,7 @@ class Fn(StrEnum):
     RENEW = "autan_renew"
     HANDOFF = "autan_handoff"
     FAIL = "autan_fail"
+    STAY = "autan_stay"
     # core, operators
     DRAIN = "autan_drain"
     STATS = "autan_stats"
@@ -67,6 +69,9 @@ class InboxKind(StrEnum):
     EXPECT = "expect"  # the peer will hand this request over
     REVOKE = "revoke"  # drop the request up to and including this epoch
     OWNER = "owner"  # another ingress owns the request: replay what it has not acknowledged
+    MOVE = "move"  # copy the KV of a decoding request to the peer, which then takes over
+    ARRIVE = "arrive"  # the peer moves a decoding request here
+    STAY = "stay"  # a move is over without a commit
 
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")

@@ -89,11 +89,12 @@ def _check_roles(seen: Picture, live: dict[str, Any]) -> None:
         assert (r.get("d_open") == "1") == is_placed, (id, r)
         assert (r.get("p_open") == "1") == (r["state"] in {"ASSIGNED", "PREFILLING"}), (id, r)
         assert bool(r.get("holder")) == (r["state"] in {"PREFILLING", "DECODING"}), (id, r)
-        for side in "pd":
+        assert r.get("m_open") != "1" or r["state"] == "DECODING", (id, r)
+        for side in "pdm":
             if r.get(f"{side}_open") == "1":
-                name = r[side]
-                load[name][f"{side}_requests"] += 1
-                load[name][f"{side}_blocks"] += int(r[f"{side}_blocks"])
+                name, role = r[side], "p" if side == "p" else "d"
+                load[name][f"{role}_requests"] += 1
+                load[name][f"{role}_blocks"] += int(r[f"{side}_blocks"])
                 load[name]["p_tokens"] += int(r["p_tokens"]) if side == "p" else 0
                 parts[f"{name}|{r[side + '_inc']}"].add(id)
     for name, i in seen.family("i").items():

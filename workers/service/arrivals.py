@@ -76,6 +76,7 @@ class Arrivals:
             request=assignment.request,
             source_instance=assignment.peer_instance,
             source_incarnation=assignment.peer_incarnation,
+            is_move=assignment.is_move,
         )
 
     def is_expected(self, request_id: str, epoch: int) -> bool:

@@ -29,6 +29,7 @@ from workers.service.handoff_tasks import HandoffTasks
 from workers.service.identity import fingerprint_of
 from workers.service.kv_audit import AuditContext, KvAudit
 from workers.service.membership import Membership
+from workers.service.moves import Moves
 from workers.service.outbox import Outbox, OutboxContext
 from workers.service.retrying import while_store_is_away
 from workers.service.store import WorkerStore
@@ -60,6 +61,7 @@ class Assembly:
     counters: TransferCounters
     outbox: Outbox
     handoffs: HandoffTasks
+    moves: Moves
     receiver: Receiver
     failures: Failures
     coordinator: Coordinator
@@ -99,7 +101,19 @@ def assemble(base: Base) -> Assembly:
             coordinator.give_up(assignment, error)
 
     outbox = _outbox(base, on_finished)
-    handoffs = _handoffs(base, ledger, counters)
+    handoffs, context = _handoffs(base, ledger, counters)
+    moves = Moves(
+        me=me,
+        engine=thread,
+        store=base.store,
+        ledger=ledger,
+        outbox=outbox,
+        context=context,
+        channel=handoffs.channel,
+        fingerprint=fingerprint_of(thread.engine.identity, thread.engine.layout),
+        on_moved=lambda assignment: coordinator.moved(assignment),
+        pause_patience_s=timing.lease_s,
+    )
     arrivals = _arrivals(base, assignments, outbox, on_failed)
     receiver = _receiver(base, arrivals, ledger, counters)
     coordinator = Coordinator(
@@ -110,6 +124,7 @@ def assemble(base: Base) -> Assembly:
             assignments=assignments,
             outbox=outbox,
             handoffs=handoffs,
+            moves=moves,
             receiver=receiver,
             arrivals=arrivals,
             failures=failures,
@@ -125,6 +140,7 @@ def assemble(base: Base) -> Assembly:
         counters=counters,
         outbox=outbox,
         handoffs=handoffs,
+        moves=moves,
         receiver=receiver,
         failures=failures,
         coordinator=coordinator,
@@ -166,7 +182,7 @@ def _outbox(base: Base, on_finished: Callable[[str, int], None]) -> Outbox:
     )
 
 
-def _handoffs(base: Base, ledger: Ledger, counters: TransferCounters) -> HandoffTasks:
+def _handoffs(base: Base, ledger: Ledger, counters: TransferCounters) -> tuple[HandoffTasks, SendContext]:
     timing, thread, store = base.spec.timing, base.thread, base.store
 
     def on_progress(request_id: str, epoch: int) -> None:
@@ -191,7 +207,7 @@ def _handoffs(base: Base, ledger: Ledger, counters: TransferCounters) -> Handoff
         channel_options=wire_options(base.spec),
         reach=base.failpoints.reach,
     )
-    return handoffs
+    return handoffs, context
 
 
 def _arrivals(

@@ -79,6 +79,7 @@ class Assignment:
     attempts: int
     started_s: float
     progress_s: float
+    is_move: bool = False  # it decodes at the peer and comes here
     chunks: int = 0
     cached_tokens: int = 0
     capability: bytes = b""  # of the hand-off to the peer

@@ -28,6 +28,7 @@ from workers.service.failpoints import Failpoints
 from workers.service.failures import Failures
 from workers.service.handoff_tasks import HandoffTasks
 from workers.service.membership import Membership
+from workers.service.moves import Moves
 from workers.service.outbox import Outbox, packed_logprobs
 from workers.service.request_spec import engine_request
 from workers.service.retrying import while_store_is_away
@@ -52,6 +53,7 @@ class Parts:
     assignments: Assignments
     outbox: Outbox
     handoffs: HandoffTasks
+    moves: Moves
     receiver: Receiver
     arrivals: Arrivals
     failures: Failures
@@ -73,12 +75,16 @@ class Coordinator:
     def on_entry(self, entry: InboxEntry) -> None:
         """One message of the inbox; told twice it has no second effect."""
         match entry.kind:
-            case InboxKind.PREFILL | InboxKind.EXPECT:
+            case InboxKind.PREFILL | InboxKind.EXPECT | InboxKind.ARRIVE:
                 self._on_assigned(entry)
             case InboxKind.REVOKE:
                 self.revoke(entry.request_id, entry.epoch)
             case InboxKind.OWNER:
                 self._on_owner(entry)
+            case InboxKind.MOVE:
+                self._parts.moves.start(self._parts.assignments.get(entry.request_id), entry)
+            case InboxKind.STAY:
+                self._parts.moves.close_move(entry.request_id, entry.epoch)
 
     def revoke(self, request_id: str, up_to_epoch: int) -> None:
         """Drops a request up to and including this epoch, in whatever stage; older messages of it have no effect."""
@@ -98,6 +104,7 @@ class Coordinator:
             parts.engine.post(lambda engine: engine.abort(request_id, epoch))
             parts.handoffs.cancel(assignment)
             return
+        parts.moves.cancel(assignment)
         parts.receiver.abort_request(request_id, epoch, StaleEpoch(f"{request_id}: epoch {epoch} is over"))
         parts.engine.post(lambda engine: engine.abort(request_id, epoch))
 
@@ -128,7 +135,8 @@ class Coordinator:
         older = parts.assignments.get(entry.request_id)
         if older is not None:
             self.drop(older)
-        part = Part.DECODE if entry.kind is InboxKind.EXPECT else Part.FULL if entry.peer_instance == mine else Part.PREFILL
+        arrives = entry.kind in (InboxKind.EXPECT, InboxKind.ARRIVE)
+        part = Part.DECODE if arrives else Part.FULL if entry.peer_instance == mine else Part.PREFILL
         try:
             request = engine_request(entry, Phase.PREFILL if part is Part.PREFILL else Phase.FULL)
         except InvalidRequest as error:
@@ -148,6 +156,7 @@ class Coordinator:
             capability=entry.capability,
             started_s=now_s,
             progress_s=now_s,
+            is_move=entry.kind is InboxKind.ARRIVE,
         )
         parts.assignments.take(assignment)
         if part is Part.DECODE:
@@ -213,6 +222,8 @@ class Coordinator:
         parts.outbox.put(token.request_id, token.index, token.token_id, packed_logprobs(token))
         if assignment.stage is Stage.PREFILLING:
             self._on_first_token(assignment, token, event, now_s)
+        else:
+            parts.moves.on_token(assignment, token, event.blocks.get((token.request_id, token.epoch)))
         if token.finish is not None:
             self._on_last_token(assignment, token.finish)
 
@@ -254,6 +265,7 @@ class Coordinator:
             parts.outbox.describe(assignment.request_id, assignment.timeline)
         if assignment.part is Part.PREFILL:
             parts.handoffs.cancel(assignment)
+        parts.moves.cancel(assignment)
 
     async def _hand_to_myself(self, assignment: Assignment) -> None:
         parts = self._parts
@@ -305,8 +317,14 @@ class Coordinator:
     def lost(self, request_id: str, epoch: int) -> None:
         """Redis says that the request is not this instance's at this epoch."""
         assignment = self._parts.assignments.get(request_id, epoch)
-        if assignment is not None and not self._parts.handoffs.is_ending(assignment):
-            self.drop(assignment)
+        parts = self._parts
+        if assignment is None or parts.handoffs.is_ending(assignment) or parts.moves.is_settling(assignment):
+            return
+        self.drop(assignment)
+
+    def moved(self, assignment: Assignment) -> None:
+        """The target of a move decodes and delivers from here on."""
+        self._end_sending(assignment)
 
     def _end_sending(self, assignment: Assignment) -> None:
         if not assignment.ended:

@@ -125,6 +125,25 @@ class EngineThread:
 
         return self.call(run)
 
+    def watch(self, request_id: str, epoch: int) -> asyncio.Future[None]:
+        """From now on every step event of a sequence that is here carries its pinned blocks, until `let_go` or `keep`."""
+
+        def run(engine: Engine) -> None:
+            engine.pin(request_id, epoch)
+            self._handing_over.add((request_id, epoch))
+
+        return self.call(run)
+
+    def keep(self, request_id: str, epoch: int) -> asyncio.Future[None]:
+        """Ends the pinning; a paused sequence decodes on. Idempotent."""
+
+        def run(engine: Engine) -> None:
+            self._handing_over.discard((request_id, epoch))
+            engine.unpin(request_id, epoch)
+            engine.resume(request_id, epoch)
+
+        return self.call(run)
+
     def let_go(self, request_id: str, epoch: int) -> asyncio.Future[None]:
         """Ends the pinning and whatever is left of the sequence at this epoch. Idempotent."""
 

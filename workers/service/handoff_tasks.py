@@ -85,7 +85,7 @@ class HandoffTasks:
             fingerprint=fingerprint,
             capability=assignment.capability,
         )
-        handoff = Handoff(job, self._channel(assignment.peer_address), self._context)
+        handoff = Handoff(job, self.channel(assignment.peer_address), self._context)
         running = _Running(assignment.peer_address, handoff, asyncio.create_task(handoff.run()))
         self._running[_key(assignment)] = running
         self._tasks.spawn(self._carry(assignment, running, outcomes))
@@ -193,7 +193,8 @@ class HandoffTasks:
         # Opening may wait for room, and one stream may break: more than that is a leak.
         return time.monotonic() + 2 * (self._context.progress_timeout_s + self._context.open_patience_s)
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """The connection to a peer; closed with the others."""
         channel = self._channels.get(address)
         if channel is None:
             self._close_unused_channels()

@@ -389,6 +389,7 @@ class WorkerHost:
         if parts is None:
             return
         parts.coordinator.drop_all()
+        await parts.moves.close()
         await parts.handoffs.close()
         await parts.receiver.settle()
         await parts.coordinator.close()

@@ -84,6 +84,18 @@ class Outbox:
         self._kept_tokens += 1
         self._logprobs_bytes += len(logprobs)
 
+    def end_of(self, request_id: str) -> int:
+        """The output index of the next token of a request that has a tail."""
+        return self._tails[request_id].end
+
+    def logprobs_of(self, request_id: str, first: int, count: int) -> tuple[bytes, ...]:
+        """The packed logprobs of outputs `[first, first + count)`, empty where they were acknowledged; none if none is kept."""
+        tail = self._tails.get(request_id)
+        if tail is None or not tail.logprobs_bytes:
+            return ()
+        kept = range(tail.base, tail.end)
+        return tuple(tail.logprobs[at - tail.base] if at in kept else b"" for at in range(first, first + count))
+
     def describe(self, request_id: str, timeline: common.Timeline) -> None:
         """The timeline goes along with the next message of the request."""
         self._tails[request_id].timeline = timeline

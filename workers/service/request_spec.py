@@ -32,6 +32,14 @@ def engine_request(entry: InboxEntry, phase: Phase) -> EngineRequest:
     )
 
 
+def journal_of(entry: InboxEntry) -> tuple[int, ...]:
+    """The output that Redis knew when the message was made. Raises InvalidRequest for bytes that are no tokens."""
+    try:
+        return tuple(unpack_tokens(entry.journal))
+    except ValueError as error:
+        raise InvalidRequest(f"{entry.request_id}: the stored journal is damaged: {error}") from error
+
+
 def sampling_params(spec: common.RequestSpec) -> SamplingParams:
     """How the engine draws; eos ends a sequence unless the request ignores it."""
     sampling = spec.sampling

@@ -136,6 +136,11 @@ class WorkerStore:
         if _code(reply) not in (Code.OK, Code.DUPLICATE):
             raise StaleEpoch(f"{request_id}: epoch {epoch} may not be handed to {instance_id}: {_code(reply)}")
 
+    async def stay(self, request_id: str, move_epoch: int, instance_id: str, incarnation: int) -> bool:
+        """Ends a move without a commit. True: the instance holds the request and decodes on; False: it does not hold it."""
+        reply = await self._call(Fn.STAY, request_id, move_epoch, instance_id, incarnation)
+        return _code(reply) in (Code.OK, Code.DUPLICATE)
+
     async def fail(
         self,
         request_id: str,

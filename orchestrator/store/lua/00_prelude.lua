@@ -21,6 +21,10 @@
 -- p_open and d_open of a request say whether the load of that role is charged to the instance: it is charged by
 -- assign and undone by whoever flips the mark, so exactly once.
 --
+-- A move of a DECODING request to another instance is open while m_open is '1': m, m_inc name the target, whose load and part
+-- are those of a D. Its epoch m_epoch was given out when the move began and becomes the request's with the commit; it is
+-- never given out again, whether or not the move is committed.
+--
 -- Every function reads and checks everything before its first write: a script is atomic but never rolled back.
 
 local ID_BYTES = 64

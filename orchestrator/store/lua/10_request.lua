@@ -4,6 +4,7 @@ local FIELDS = {
   'state', 'epoch', 'tenant', 'prompt_tokens', 'max_tokens', 'prio', 'submitted_ms', 'deadline_ms', 'attempts', 'order',
   'p', 'p_inc', 'p_open', 'p_tokens', 'p_blocks', 'd', 'd_inc', 'd_open', 'd_blocks', 'holder', 'holder_inc',
   'ing', 'ing_epoch', 'ing_addr', 'reason', 'known_n',
+  'm', 'm_inc', 'm_open', 'm_epoch', 'm_blocks', 'm_known', 'moves',
 }
 
 -- The request without its bulky fields (spec, error), or nil.
@@ -30,6 +31,11 @@ local function journal_length(c, id)
   return redis.call('STRLEN', k_journal(c, id)) / 4
 end
 
+-- The first epoch that was never given out.
+local function next_epoch(r)
+  return text(math.max(tonumber(r.epoch), tonumber(r.m_epoch) or 0) + 1)
+end
+
 local function check_move(c, r, state)
   local allowed = MOVES[r.state]
   if not (allowed and allowed[state]) then refuse(c, 'no move from ' .. r.state .. ' to ' .. state) end
@@ -44,6 +50,12 @@ end
 -- True when that incarnation is the P (side `p`) or D (side `d`) of the current placement.
 local function is_part(r, side, instance, incarnation)
   return r[side] == instance and r[side .. '_inc'] == incarnation
+end
+
+-- True while new work may be given to that incarnation.
+local function takes_work(c, instance, incarnation)
+  local i = redis.call('HMGET', k_instance(c, instance), 'incarnation', 'state', 'want_drain')
+  return i[1] == incarnation and i[2] == 'READY' and i[3] ~= '1'
 end
 
 -- Inbox. Pushing an equal message again moves it to the end; a message to an ended incarnation is dropped.
@@ -79,7 +91,8 @@ end
 local function leave_part(c, r, instance, incarnation)
   local as_p = r.p_open == '1' and r.p == instance and r.p_inc == incarnation
   local as_d = r.d_open == '1' and r.d == instance and r.d_inc == incarnation
-  if not (as_p or as_d) then redis.call('SREM', k_parts(c, instance, incarnation), r.id) end
+  local as_m = r.m_open == '1' and r.m == instance and r.m_inc == incarnation
+  if not (as_p or as_d or as_m) then redis.call('SREM', k_parts(c, instance, incarnation), r.id) end
 end
 
 local function leave_p(c, r)
@@ -94,6 +107,15 @@ local function leave_d(c, r)
   charge(c, r.d, 'd', -1, text(-tonumber(r.d_blocks)))
   set(c, r, {d_open = '0'})
   leave_part(c, r, r.d, r.d_inc)
+end
+
+-- Ends an open move without a commit: its target finds a REVOKE at the move's epoch.
+local function leave_m(c, r)
+  if r.m_open ~= '1' then return end
+  push(c, r.m, r.m_inc, 'revoke', r.id, r.m_epoch)
+  charge(c, r.m, 'd', -1, text(-tonumber(r.m_blocks)))
+  set(c, r, {m_open = '0'})
+  leave_part(c, r, r.m, r.m_inc)
 end
 
 -- Ownership by an ingress.
@@ -126,6 +148,7 @@ local function terminate(c, r, state, reason, retain_ms, stored_error, by_owner)
   end
   leave_p(c, r)
   leave_d(c, r)
+  leave_m(c, r)
   disown(c, r)
   for _, index in ipairs({'ready', 'lease', 'deadline', 'live'}) do redis.call('ZREM', k(c, index), r.id) end
   set(c, r, {
@@ -144,6 +167,7 @@ local function requeue(c, r)
   push_to_both(c, r, 'revoke')
   leave_p(c, r)
   leave_d(c, r)
+  leave_m(c, r)
   set(c, r, {
     state = 'QUEUED', holder = '', holder_inc = '', p = '', p_inc = '', d = '', d_inc = '',
     p_blocks = '0', p_tokens = '0', d_blocks = '0',

@@ -5,13 +5,8 @@
 --       STALE  another epoch; an instance that is missing, of another incarnation, not READY, or asked to drain
 --       STATE  not QUEUED      GONE  no such request
 --       | NOT_LEADER
--- Promise: epoch + 1, state ASSIGNED, both loads charged, PREFILL in the inbox of P and EXPECT in that of D (one PREFILL
+-- Promise: the next epoch, state ASSIGNED, both loads charged, PREFILL in the inbox of P and EXPECT in that of D (one PREFILL
 -- when they are the same), a lease until P picks: all of it or nothing, for each request by itself.
-local function takes_work(c, instance, incarnation)
-  local i = redis.call('HMGET', k_instance(c, instance), 'incarnation', 'state', 'want_drain')
-  return i[1] == incarnation and i[2] == 'READY' and i[3] ~= '1'
-end
-
 local function assign_one(c, a, lease_ms)
   local r = load_request(c, a.id)
   if not r then return 'GONE', '0' end
@@ -21,7 +16,7 @@ local function assign_one(c, a, lease_ms)
   check_move(c, r, 'ASSIGNED')
   local known_n = journal_length(c, a.id)
   set(c, r, {
-    state = 'ASSIGNED', epoch = text(tonumber(r.epoch) + 1), holder = '', holder_inc = '', picked_ms = '',
+    state = 'ASSIGNED', epoch = next_epoch(r), holder = '', holder_inc = '', picked_ms = '',
     p = a.p, p_inc = a.p_inc, p_open = '1', p_blocks = a.p_blocks,
     p_tokens = text(tonumber(r.prompt_tokens) + known_n), known_n = text(known_n),
     d = a.d, d_inc = a.d_inc, d_open = '1', d_blocks = a.d_blocks, capability = a.capability,

@@ -6,14 +6,30 @@
 --       expect   the peer prefills and hands over
 --       revoke   drop the request up to this epoch; also told of a prefill or expect that ended before it was read
 --       owner    send what is not acknowledged to this ingress
---       revoke and owner have no spec, journal or peer; a revoke has no ingress.
+--       move     the caller decodes it: copy its KV to the peer meanwhile, under this epoch, and let it take over
+--       arrive   the peer decodes it and moves it here under this epoch
+--       stay     the move of this epoch is over: decode on
 --       Only a prefill has a capability.
---       The journal of prefill and expect is what was journaled when assign placed the request: the same for P and D.
+--       revoke, stay and owner have no spec, journal or peer; a revoke or stay has no ingress.
+--       The journal of prefill and expect is what was journaled when assign placed the request, that of move and arrive when
+--       the move began: the same for both sides.
 -- Promise: entries up to ack_seq are dropped, later ones are told again until then, in order, without another effect.
 -- Fewer than max_n entries do not mean that the inbox is empty: a reply holds at most 8 MiB unless one entry is larger.
 -- What an entry means now: the kind to tell, or nil when there is nothing to tell any more.
 local function meaning(r, kind, epoch, instance, incarnation)
   if kind == 'revoke' then return 'revoke' end
+  local moving = r and r.m_open == '1' and r.m_epoch == epoch
+  local arriving = moving and is_part(r, 'm', instance, incarnation)
+  if kind == 'arrive' then
+    if arriving then return 'arrive' end
+    -- Committed: the caller knows it, for it took over.
+    return not (r and r.epoch == epoch and is_part(r, 'd', instance, incarnation)) and 'revoke' or nil
+  end
+  if kind == 'move' then return moving and is_part(r, 'd', instance, incarnation) and 'move' or nil end
+  if kind == 'stay' then
+    return r and not moving and r.epoch ~= epoch and is_part(r, 'd', instance, incarnation) and 'stay' or nil
+  end
+  if kind == 'owner' and arriving then return 'owner' end
   local current = r and r.epoch == epoch
   if kind == 'owner' then
     local party = current and (is_part(r, 'p', instance, incarnation) or is_part(r, 'd', instance, incarnation))
@@ -33,17 +49,20 @@ local function hold(c, r, instance, incarnation, lease_ms)
   redis.call('ZADD', k(c, 'lease'), text(c.now + lease_ms), r.id)
 end
 
+local PEERS = {prefill = 'd', expect = 'p', move = 'm', arrive = 'd'}
+
 local function entry_reply(c, seq, kind, id, epoch, r)
-  if kind == 'revoke' then return {seq, kind, id, epoch, '', '', '', '', '', '', '', '', '', '', ''} end
+  if kind == 'revoke' or kind == 'stay' then return {seq, kind, id, epoch, '', '', '', '', '', '', '', '', '', '', ''} end
   local spec, journal, peer, peer_addr, peer_inc, capability = '', '', '', '', '', ''
   if kind ~= 'owner' then
-    local side = kind == 'prefill' and 'd' or 'p'
+    local side = PEERS[kind]
     peer, peer_inc = r[side], r[side .. '_inc']
     peer_addr = redis.call('HGET', k_instance(c, peer), 'addr') or ''
     spec = redis.call('HGET', k_request(c, id), 'spec') or ''
     if kind == 'prefill' then capability = redis.call('HGET', k_request(c, id), 'capability') or '' end
+    local known_n = (kind == 'move' or kind == 'arrive') and r.m_known or r.known_n
     -- As it was at assign: P may have had its first token journaled before D reads, and both must count the same rows.
-    if r.known_n ~= '0' then journal = redis.call('GETRANGE', k_journal(c, id), 0, 4 * tonumber(r.known_n) - 1) end
+    if known_n ~= '0' then journal = redis.call('GETRANGE', k_journal(c, id), 0, 4 * tonumber(known_n) - 1) end
   end
   return {
     seq, kind, id, epoch, spec, journal, peer, peer_addr, peer_inc,

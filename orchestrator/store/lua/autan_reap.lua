@@ -57,7 +57,14 @@ local function autan_reap(keys, args)
     local parts = k_parts(c, instance, incarnation)
     for _, id in ipairs(left > 0 and redis.call('SRANDMEMBER', parts, left) or {}) do
       local r = load_request(c, id)
-      give_up(r, HELD[r.state] and not is_current(c, r.holder, r.holder_inc))
+      local as_d = r.d_open == '1' and is_part(r, 'd', instance, incarnation)
+      if r.m_open == '1' and is_part(r, 'm', instance, incarnation) and not as_d then
+        -- Only the target of a move ended: the request decodes on where it is.
+        leave_m(c, r)
+        push(c, r.d, r.d_inc, 'stay', id, r.m_epoch)
+      else
+        give_up(r, HELD[r.state] and not is_current(c, r.holder, r.holder_inc))
+      end
     end
     if redis.call('EXISTS', parts) == 0 then redis.call('SREM', k(c, 'sweep'), ended) end
   end

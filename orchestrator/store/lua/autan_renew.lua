@@ -5,10 +5,14 @@
 --       | STALE (LOST, STOPPED or superseded: drop everything, register anew) | GONE (no such instance)
 --       | STATE, state (no such move: a READY instance never goes back to STARTING)
 -- Promise: "h" is kept while this incarnation is the holder at that epoch; the lease then ends lease_ms from now.
--- "e" is kept while the request lives at that epoch and this incarnation is its P or D; no lease is touched.
+-- "e" is kept while the request lives at that epoch and this incarnation is its P or D, or while a move of that epoch to this
+-- incarnation is open; no lease is touched.
 local WHATS = {h = true, e = true}
 
 local function still_mine(r, item, instance, incarnation)
+  if r and item.what == 'e' and r.m_open == '1' and r.m_epoch == item.epoch then
+    return is_part(r, 'm', instance, incarnation)
+  end
   if not r or r.epoch ~= item.epoch or not LIVE[r.state] then return false end
   if item.what == 'h' then return HELD[r.state] and r.holder == instance and r.holder_inc == incarnation end
   return is_part(r, 'p', instance, incarnation) or is_part(r, 'd', instance, incarnation)

@@ -24,6 +24,7 @@ local function autan_resume(keys, args)
     set(c, r, {ing = ingress, ing_epoch = ingress_epoch, ing_addr = ingress_addr})
     own(c, id, ingress, ingress_epoch)
     push_to_both(c, r, 'owner')
+    if r.m_open == '1' then push(c, r.m, r.m_inc, 'owner', id, r.m_epoch) end
   end
   local rest = redis.call('GETRANGE', k_journal(c, id), from_index * 4, -1)
   local bulk = redis.call('HMGET', k_request(c, id), 'error', 'spec')
