@@ -100,6 +100,9 @@ def assemble(base: Base) -> Assembly:
         if not assignment.ended:
             coordinator.give_up(assignment, error)
 
+    def on_moved(assignment: Assignment) -> None:
+        coordinator.moved(assignment)
+
     outbox = _outbox(base, on_finished)
     handoffs, context = _handoffs(base, ledger, counters)
     moves = Moves(
@@ -111,7 +114,7 @@ def assemble(base: Base) -> Assembly:
         context=context,
         channel=handoffs.channel,
         fingerprint=fingerprint_of(thread.engine.identity, thread.engine.layout),
-        on_moved=lambda assignment: coordinator.moved(assignment),
+        on_moved=on_moved,
         pause_patience_s=timing.lease_s,
     )
     arrivals = _arrivals(base, assignments, outbox, on_failed)

@@ -6,8 +6,8 @@
                             └──────► MOVED, DROPPED
 
 Copying follows the sequence as it grows; when at most one block is behind, or the room at the target is nearly used up, the
-sequence pauses, and the rest of its KV goes together with the tokens that Redis did not know of when the move began. Grammar and
-sampling follow from the tokens. A move that fails never lets the sequence go on before Redis has closed it.
+sequence pauses, and the rest of its KV goes together with the tokens that Redis did not know of when the move began. Grammar
+and sampling follow from the tokens. A move that fails never lets the sequence go on before Redis has closed it.
 """
 
 from __future__ import annotations
