@@ -158,6 +158,7 @@ class LocalCluster:
             lease_s=config.timing.lease_s,
             request_timeout_s=config.timing.request_timeout_s,
             max_queued=config.scheduling.max_queued,
+            max_migrations=config.scheduling.max_migrations,
         )
         network = config.network
         self.ingress = IngressServer(

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from orchestrator.cli import cancel, config_file, demo, doctor, down, generate, kv, model, requests, status, up
+from orchestrator.cli import cancel, config_file, demo, doctor, down, generate, kv, migrate, model, requests, status, up
 from orchestrator.cli.output import fail
 from protos.contract.errors import AutanError
 
@@ -26,6 +26,9 @@ app.command("status")(status.status)
 app.command("generate")(generate.generate)
 app.command("requests")(requests.requests)
 app.command("cancel")(cancel.cancel)
+app.command("migrate")(migrate.migrate)
+app.command("drain")(migrate.drain)
+app.command("undrain")(migrate.undrain)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.add_typer(kv.app, name="kv")

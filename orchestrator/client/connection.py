@@ -126,6 +126,15 @@ class AsyncClient:
         reply = await self._call(self._admin().CancelRequest, admin.AdminCancelRequest(request_id=request_id))
         return str(reply.state)
 
+    async def migrate(self, request_id: str, target_instance: str) -> int:
+        """Begins to move a running request to another decode instance; returns the epoch of the move."""
+        message = admin.MigrateRequest(request_id=request_id, target_instance=target_instance)
+        return int((await self._call(self._admin().Migrate, message)).epoch)
+
+    async def drain(self, instance_id: str, on: bool = True) -> list[str]:
+        """An instance takes no new work, or takes it again; returns the requests that move away."""
+        return list((await self._call(self._admin().Drain, admin.DrainRequest(instance_id=instance_id, on=on))).moving)
+
     async def shutdown(self, grace_s: float = 30.0) -> None:
         """Asks the cluster to drain and stop; returns at once."""
         await self._call(self._admin().Shutdown, admin.ShutdownRequest(grace_s=grace_s))

@@ -10,6 +10,7 @@ from orchestrator.ingress.diagnosis import Doctor
 from orchestrator.ingress.kv_admin import KvAdmin
 from orchestrator.ingress.live import StreamTable
 from orchestrator.ingress.metrics import Metrics
+from orchestrator.ingress.moving import Mover
 from orchestrator.ingress.service import cancel_request
 from orchestrator.ingress.validate import check_request_id
 from orchestrator.policy.contract import Member, set_apart
@@ -50,6 +51,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         on_shutdown: Callable[[float], None],
         kv: KvAdmin,
         doctor: Doctor,
+        mover: Mover,
     ) -> None:
         self._kv = kv
         self._doctor = doctor
@@ -59,6 +61,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._version = version
         self._gauges = gauges
         self._on_shutdown = on_shutdown
+        self._mover = mover
 
     async def Status(self, request: admin.StatusRequest, context: Any) -> admin.StatusReply:
         """Instances, totals, and the counters of this ingress."""
@@ -101,6 +104,15 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         check_request_id(request.request_id)
         state = await cancel_request(self._store, self._table, request.request_id, "", "operator asked for it")
         return admin.AdminCancelReply(state=state)
+
+    async def Migrate(self, request: admin.MigrateRequest, context: Any) -> admin.MigrateReply:
+        """Begins a move; what stands in its way is named."""
+        check_request_id(request.request_id)
+        return admin.MigrateReply(epoch=await self._mover.migrate(request.request_id, request.target_instance))
+
+    async def Drain(self, request: admin.DrainRequest, context: Any) -> admin.DrainReply:
+        """Idempotent: told again, it moves what has found room since."""
+        return admin.DrainReply(moving=await self._mover.drain(request.instance_id, request.on))
 
     async def Shutdown(self, request: admin.ShutdownRequest, context: Any) -> admin.ShutdownReply:
         """Hands the wish on and returns."""

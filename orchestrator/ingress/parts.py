@@ -18,6 +18,7 @@ from orchestrator.ingress.journal import Journal
 from orchestrator.ingress.kv_admin import KvAdmin
 from orchestrator.ingress.live import StreamTable
 from orchestrator.ingress.metrics import Metrics
+from orchestrator.ingress.moving import Mover
 from orchestrator.ingress.model import ServedModel
 from orchestrator.ingress.owner import Ownership
 from orchestrator.ingress.service import InferenceService
@@ -39,6 +40,7 @@ class IngressSettings:
     lease_s: float = 3.0
     request_timeout_s: float = 600.0
     max_queued: int = 4096
+    max_migrations: int = 3
     linger_s: float = 0.5  # a client that left may come back for so long before its request is cancelled
     stall_s: float = 30.0  # a client that reads nothing for so long loses its stream
     max_backlog_tokens: int = 1_000_000  # accepted while Redis is away, before workers have to wait
@@ -112,6 +114,7 @@ def assemble(
         on_shutdown=on_shutdown,
         kv=KvAdmin(workers),
         doctor=Doctor(store, workers, settings.version, sink_address),
+        mover=Mover(store, settings.max_migrations),
     )
     return Parts(
         metrics=metrics,

@@ -12,9 +12,9 @@ from orchestrator.control.events import Event
 from orchestrator.domain.ids import Epoch, InstanceId, LeaderEpoch, RequestId
 from orchestrator.domain.request import RequestState
 from orchestrator.runtime.capabilities import Sign, unsigned
-from orchestrator.runtime.views import cluster_view
 from orchestrator.store.client import Store
 from orchestrator.store.replies import Placement
+from orchestrator.store.views import cluster_view
 from protos.contract.errors import CapacityError, NotLeader, UnavailableError
 
 

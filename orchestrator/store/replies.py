@@ -177,7 +177,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """Where one decoding request shall move; `blocks` are charged to the target."""
+    """Where one decoding request shall move; `blocks` are charged to the target, at least those charged where it is."""
 
     request_id: str
     expected_epoch: int

@@ -1,6 +1,6 @@
 -- autan_migrate: begins to move decoding requests to other instances, while they decode on.
 -- ARGV  leader_id ("" = an operator), leader_epoch, max_migrations, k (at most 64),
---       then k x (id, expected_epoch, target, target_inc, blocks)
+--       then k x (id, expected_epoch, target, target_inc, blocks; at least what is charged at D is charged at the target)
 -- Reply OK, then k x (code, epoch of the move; 0 unless OK or DUPLICATE):
 --       DUPLICATE  this very move is open already      STALE  another epoch, or a target that takes no work
 --       STATE      not DECODING, on the target already, or another move is open
@@ -22,7 +22,8 @@ local function migrate_one(c, a, max_migrations)
   local moves = tonumber(r.moves) or 0
   if moves >= max_migrations then return 'FULL', '0' end
   set(c, r, {
-    m = a.m, m_inc = a.m_inc, m_open = '1', m_epoch = next_epoch(r), m_blocks = a.blocks,
+    m = a.m, m_inc = a.m_inc, m_open = '1', m_epoch = next_epoch(r),
+    m_blocks = text(math.max(tonumber(a.blocks), tonumber(r.d_blocks))),
     m_known = text(journal_length(c, a.id)), moves = text(moves + 1),
   })
   charge(c, r.m, 'd', 1, r.m_blocks)

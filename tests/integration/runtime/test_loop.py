@@ -21,7 +21,7 @@ from orchestrator.domain.ids import RequestId
 from orchestrator.domain.request import RequestState
 from orchestrator.runtime.effects import carry_out
 from orchestrator.runtime.loop import CoreLoop, settings_of
-from orchestrator.runtime.views import capabilities
+from orchestrator.store.views import capabilities
 from orchestrator.store.client import Store
 from orchestrator.store.embedded import EmbeddedValkey
 from protos import wire

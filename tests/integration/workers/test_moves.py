@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from orchestrator.ingress.moving import Mover
 from orchestrator.store.replies import Migration
 from protos.contract.redis_names import Code
 from tests.support.kv_wire import FaultyWire, put_wire
@@ -67,6 +68,22 @@ def test_two_moves_in_a_row_and_no_more_than_allowed(fresh_store: FreshStore) ->
                 await until(is_there, f"{target} took over")
             assert await migrate(world, request, "decode-0") is Code.FULL
             assert (await world.answered(request)).timelines[-1].migrations == 3
+            await world.clean()
+
+    asyncio.run(scenario())
+
+
+def test_a_drain_moves_what_runs(fresh_store: FreshStore) -> None:
+    async def scenario() -> None:
+        async with worker_world(fresh_store) as world:
+            await workers(world, "decode-1")
+            requests = [await running(world, max_tokens=120, length=40 + at) for at in range(3)]
+            mover = Mover(world.store, 3)
+            assert sorted(await mover.drain("decode-0", True)) == sorted(requests)
+            await until(lambda: not len(world.hosts["decode-0"].parts.assignments), "decode-0 is empty")
+            for request in requests:
+                assert await world.state(request) == "DECODING", "it runs elsewhere, it was not waited for"
+                assert "decode-1" in (await world.answered(request)).senders
             await world.clean()
 
     asyncio.run(scenario())

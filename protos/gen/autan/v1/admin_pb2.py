@@ -26,7 +26,7 @@ from protos.gen.autan.v1 import audit_pb2 as autan_dot_v1_dot_audit__pb2
 from protos.gen.autan.v1 import common_pb2 as autan_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61utan/v1/admin.proto\x12\x08\x61utan.v1\x1a\x14\x61utan/v1/audit.proto\x1a\x15\x61utan/v1/common.proto\"\x0f\n\rStatusRequest\"\xdb\x02\n\x0eInstanceStatus\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.autan.v1.Role\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.autan.v1.InstanceState\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0c\n\x04node\x18\x06 \x01(\t\x12$\n\x04\x63\x61rd\x18\x07 \x01(\x0b\x32\x16.autan.v1.InstanceCard\x12&\n\x05stats\x18\x08 \x01(\x0b\x32\x17.autan.v1.InstanceStats\x12\x17\n\x0fheartbeat_age_s\x18\t \x01(\x01\x12\x19\n\x11\x61ssigned_requests\x18\n \x01(\r\x12\x17\n\x0freserved_blocks\x18\x0b \x01(\r\x12\x12\n\napart_from\x18\x0c \x01(\t\x12\x11\n\tdiffering\x18\r \x03(\t\"\xd9\x02\n\x0bStatusReply\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12+\n\tinstances\x18\x03 \x03(\x0b\x32\x18.autan.v1.InstanceStatus\x12\x0e\n\x06queued\x18\x04 \x01(\r\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x10\n\x08\x66inished\x18\x06 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x07 \x01(\x04\x12\x11\n\tcancelled\x18\x08 \x01(\x04\x12\x0e\n\x06leader\x18\t \x01(\t\x12\x14\n\x0cleader_epoch\x18\n \x01(\x04\x12\x17\n\x0fstore_reachable\x18\x0b \x01(\x08\x12\x35\n\x08\x63ounters\x18\x0c \x03(\x0b\x32#.autan.v1.StatusReply.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"$\n\x13ListRequestsRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"\xd7\x01\n\rRequestStatus\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x06 \x01(\r\x12\x18\n\x10prefill_instance\x18\x07 \x01(\t\x12\x17\n\x0f\x64\x65\x63ode_instance\x18\x08 \x01(\t\x12\r\n\x05\x61ge_s\x18\t \x01(\x01\x12\x10\n\x08\x61ttempts\x18\n \x01(\r\">\n\x11ListRequestsReply\x12)\n\x08requests\x18\x01 \x03(\x0b\x32\x17.autan.v1.RequestStatus\"(\n\x12\x41\x64minCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"!\n\x10\x41\x64minCancelReply\x12\r\n\x05state\x18\x01 \x01(\t\"\"\n\x0fShutdownRequest\x12\x0f\n\x07grace_s\x18\x01 \x01(\x01\"\x0f\n\rShutdownReply\"X\n\nUnanswered\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12$\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.autan.v1.ErrorDetail\"%\n\rListKvRequest\x12\x14\n\x0cinstance_ids\x18\x01 \x03(\t\"Y\n\x0bListKvReply\x12 \n\x05\x62ooks\x18\x01 \x03(\x0b\x32\x11.autan.v1.KvBooks\x12(\n\nunanswered\x18\x02 \x03(\x0b\x32\x14.autan.v1.Unanswered\"\'\n\x0fVerifyKvRequest\x12\x14\n\x0cinstance_ids\x18\x01 \x03(\t\"\\\n\rVerifyKvReply\x12!\n\x06\x61udits\x18\x01 \x03(\x0b\x32\x11.autan.v1.KvAudit\x12(\n\nunanswered\x18\x02 \x03(\x0b\x32\x14.autan.v1.Unanswered\"7\n\x10\x43ollectKvRequest\x12\x14\n\x0cinstance_ids\x18\x01 \x03(\t\x12\r\n\x05\x61pply\x18\x02 \x01(\x08\"g\n\x0e\x43ollectKvReply\x12+\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x16.autan.v1.KvCollection\x12(\n\nunanswered\x18\x02 \x03(\x0b\x32\x14.autan.v1.Unanswered\"\x11\n\x0f\x44iagnoseRequest\"X\n\x05\x43heck\x12 \n\x06health\x18\x01 \x01(\x0e\x32\x10.autan.v1.Health\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"\xe4\x01\n\rDiagnoseReply\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0cwall_clock_s\x18\x03 \x01(\x01\x12)\n\x0c\x66rom_ingress\x18\x04 \x03(\x0b\x32\x13.autan.v1.PeerProbe\x12%\n\x07workers\x18\x05 \x03(\x0b\x32\x14.autan.v1.SelfReport\x12(\n\nunanswered\x18\x06 \x03(\x0b\x32\x14.autan.v1.Unanswered\x12\x1f\n\x06\x63hecks\x18\x07 \x03(\x0b\x32\x0f.autan.v1.Check*V\n\x06Health\x12\x16\n\x12HEALTH_UNSPECIFIED\x10\x00\x12\r\n\tHEALTH_OK\x10\x01\x12\x12\n\x0eHEALTH_WARNING\x10\x02\x12\x11\n\rHEALTH_BROKEN\x10\x03\x32\x95\x04\n\x05\x41\x64min\x12\x38\n\x06Status\x12\x17.autan.v1.StatusRequest\x1a\x15.autan.v1.StatusReply\x12J\n\x0cListRequests\x12\x1d.autan.v1.ListRequestsRequest\x1a\x1b.autan.v1.ListRequestsReply\x12I\n\rCancelRequest\x12\x1c.autan.v1.AdminCancelRequest\x1a\x1a.autan.v1.AdminCancelReply\x12>\n\x08Shutdown\x12\x19.autan.v1.ShutdownRequest\x1a\x17.autan.v1.ShutdownReply\x12\x38\n\x06ListKv\x12\x17.autan.v1.ListKvRequest\x1a\x15.autan.v1.ListKvReply\x12>\n\x08VerifyKv\x12\x19.autan.v1.VerifyKvRequest\x1a\x17.autan.v1.VerifyKvReply\x12\x41\n\tCollectKv\x12\x1a.autan.v1.CollectKvRequest\x1a\x18.autan.v1.CollectKvReply\x12>\n\x08\x44iagnose\x12\x19.autan.v1.DiagnoseRequest\x1a\x17.autan.v1.DiagnoseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61utan/v1/admin.proto\x12\x08\x61utan.v1\x1a\x14\x61utan/v1/audit.proto\x1a\x15\x61utan/v1/common.proto\"\x0f\n\rStatusRequest\"\xdb\x02\n\x0eInstanceStatus\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.autan.v1.Role\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.autan.v1.InstanceState\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0c\n\x04node\x18\x06 \x01(\t\x12$\n\x04\x63\x61rd\x18\x07 \x01(\x0b\x32\x16.autan.v1.InstanceCard\x12&\n\x05stats\x18\x08 \x01(\x0b\x32\x17.autan.v1.InstanceStats\x12\x17\n\x0fheartbeat_age_s\x18\t \x01(\x01\x12\x19\n\x11\x61ssigned_requests\x18\n \x01(\r\x12\x17\n\x0freserved_blocks\x18\x0b \x01(\r\x12\x12\n\napart_from\x18\x0c \x01(\t\x12\x11\n\tdiffering\x18\r \x03(\t\"\xd9\x02\n\x0bStatusReply\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12+\n\tinstances\x18\x03 \x03(\x0b\x32\x18.autan.v1.InstanceStatus\x12\x0e\n\x06queued\x18\x04 \x01(\r\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x10\n\x08\x66inished\x18\x06 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x07 \x01(\x04\x12\x11\n\tcancelled\x18\x08 \x01(\x04\x12\x0e\n\x06leader\x18\t \x01(\t\x12\x14\n\x0cleader_epoch\x18\n \x01(\x04\x12\x17\n\x0fstore_reachable\x18\x0b \x01(\x08\x12\x35\n\x08\x63ounters\x18\x0c \x03(\x0b\x32#.autan.v1.StatusReply.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"$\n\x13ListRequestsRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"\xd7\x01\n\rRequestStatus\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x06 \x01(\r\x12\x18\n\x10prefill_instance\x18\x07 \x01(\t\x12\x17\n\x0f\x64\x65\x63ode_instance\x18\x08 \x01(\t\x12\r\n\x05\x61ge_s\x18\t \x01(\x01\x12\x10\n\x08\x61ttempts\x18\n \x01(\r\">\n\x11ListRequestsReply\x12)\n\x08requests\x18\x01 \x03(\x0b\x32\x17.autan.v1.RequestStatus\"(\n\x12\x41\x64minCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"!\n\x10\x41\x64minCancelReply\x12\r\n\x05state\x18\x01 \x01(\t\"=\n\x0eMigrateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0ftarget_instance\x18\x02 \x01(\t\"\x1d\n\x0cMigrateReply\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"/\n\x0c\x44rainRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\n\n\x02on\x18\x02 \x01(\x08\"\x1c\n\nDrainReply\x12\x0e\n\x06moving\x18\x01 \x03(\t\"\"\n\x0fShutdownRequest\x12\x0f\n\x07grace_s\x18\x01 \x01(\x01\"\x0f\n\rShutdownReply\"X\n\nUnanswered\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12$\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.autan.v1.ErrorDetail\"%\n\rListKvRequest\x12\x14\n\x0cinstance_ids\x18\x01 \x03(\t\"Y\n\x0bListKvReply\x12 \n\x05\x62ooks\x18\x01 \x03(\x0b\x32\x11.autan.v1.KvBooks\x12(\n\nunanswered\x18\x02 \x03(\x0b\x32\x14.autan.v1.Unanswered\"\'\n\x0fVerifyKvRequest\x12\x14\n\x0cinstance_ids\x18\x01 \x03(\t\"\\\n\rVerifyKvReply\x12!\n\x06\x61udits\x18\x01 \x03(\x0b\x32\x11.autan.v1.KvAudit\x12(\n\nunanswered\x18\x02 \x03(\x0b\x32\x14.autan.v1.Unanswered\"7\n\x10\x43ollectKvRequest\x12\x14\n\x0cinstance_ids\x18\x01 \x03(\t\x12\r\n\x05\x61pply\x18\x02 \x01(\x08\"g\n\x0e\x43ollectKvReply\x12+\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x16.autan.v1.KvCollection\x12(\n\nunanswered\x18\x02 \x03(\x0b\x32\x14.autan.v1.Unanswered\"\x11\n\x0f\x44iagnoseRequest\"X\n\x05\x43heck\x12 \n\x06health\x18\x01 \x01(\x0e\x32\x10.autan.v1.Health\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"\xe4\x01\n\rDiagnoseReply\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0cwall_clock_s\x18\x03 \x01(\x01\x12)\n\x0c\x66rom_ingress\x18\x04 \x03(\x0b\x32\x13.autan.v1.PeerProbe\x12%\n\x07workers\x18\x05 \x03(\x0b\x32\x14.autan.v1.SelfReport\x12(\n\nunanswered\x18\x06 \x03(\x0b\x32\x14.autan.v1.Unanswered\x12\x1f\n\x06\x63hecks\x18\x07 \x03(\x0b\x32\x0f.autan.v1.Check*V\n\x06Health\x12\x16\n\x12HEALTH_UNSPECIFIED\x10\x00\x12\r\n\tHEALTH_OK\x10\x01\x12\x12\n\x0eHEALTH_WARNING\x10\x02\x12\x11\n\rHEALTH_BROKEN\x10\x03\x32\x89\x05\n\x05\x41\x64min\x12\x38\n\x06Status\x12\x17.autan.v1.StatusRequest\x1a\x15.autan.v1.StatusReply\x12J\n\x0cListRequests\x12\x1d.autan.v1.ListRequestsRequest\x1a\x1b.autan.v1.ListRequestsReply\x12I\n\rCancelRequest\x12\x1c.autan.v1.AdminCancelRequest\x1a\x1a.autan.v1.AdminCancelReply\x12;\n\x07Migrate\x12\x18.autan.v1.MigrateRequest\x1a\x16.autan.v1.MigrateReply\x12\x35\n\x05\x44rain\x12\x16.autan.v1.DrainRequest\x1a\x14.autan.v1.DrainReply\x12>\n\x08Shutdown\x12\x19.autan.v1.ShutdownRequest\x1a\x17.autan.v1.ShutdownReply\x12\x38\n\x06ListKv\x12\x17.autan.v1.ListKvRequest\x1a\x15.autan.v1.ListKvReply\x12>\n\x08VerifyKv\x12\x19.autan.v1.VerifyKvRequest\x1a\x17.autan.v1.VerifyKvReply\x12\x41\n\tCollectKv\x12\x1a.autan.v1.CollectKvRequest\x1a\x18.autan.v1.CollectKvReply\x12>\n\x08\x44iagnose\x12\x19.autan.v1.DiagnoseRequest\x1a\x17.autan.v1.DiagnoseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATUSREPLY_COUNTERSENTRY']._loaded_options = None
   _globals['_STATUSREPLY_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_HEALTH']._serialized_start=2101
-  _globals['_HEALTH']._serialized_end=2187
+  _globals['_HEALTH']._serialized_start=2274
+  _globals['_HEALTH']._serialized_end=2360
   _globals['_STATUSREQUEST']._serialized_start=79
   _globals['_STATUSREQUEST']._serialized_end=94
   _globals['_INSTANCESTATUS']._serialized_start=97
@@ -55,30 +55,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADMINCANCELREQUEST']._serialized_end=1154
   _globals['_ADMINCANCELREPLY']._serialized_start=1156
   _globals['_ADMINCANCELREPLY']._serialized_end=1189
-  _globals['_SHUTDOWNREQUEST']._serialized_start=1191
-  _globals['_SHUTDOWNREQUEST']._serialized_end=1225
-  _globals['_SHUTDOWNREPLY']._serialized_start=1227
-  _globals['_SHUTDOWNREPLY']._serialized_end=1242
-  _globals['_UNANSWERED']._serialized_start=1244
-  _globals['_UNANSWERED']._serialized_end=1332
-  _globals['_LISTKVREQUEST']._serialized_start=1334
-  _globals['_LISTKVREQUEST']._serialized_end=1371
-  _globals['_LISTKVREPLY']._serialized_start=1373
-  _globals['_LISTKVREPLY']._serialized_end=1462
-  _globals['_VERIFYKVREQUEST']._serialized_start=1464
-  _globals['_VERIFYKVREQUEST']._serialized_end=1503
-  _globals['_VERIFYKVREPLY']._serialized_start=1505
-  _globals['_VERIFYKVREPLY']._serialized_end=1597
-  _globals['_COLLECTKVREQUEST']._serialized_start=1599
-  _globals['_COLLECTKVREQUEST']._serialized_end=1654
-  _globals['_COLLECTKVREPLY']._serialized_start=1656
-  _globals['_COLLECTKVREPLY']._serialized_end=1759
-  _globals['_DIAGNOSEREQUEST']._serialized_start=1761
-  _globals['_DIAGNOSEREQUEST']._serialized_end=1778
-  _globals['_CHECK']._serialized_start=1780
-  _globals['_CHECK']._serialized_end=1868
-  _globals['_DIAGNOSEREPLY']._serialized_start=1871
-  _globals['_DIAGNOSEREPLY']._serialized_end=2099
-  _globals['_ADMIN']._serialized_start=2190
-  _globals['_ADMIN']._serialized_end=2723
+  _globals['_MIGRATEREQUEST']._serialized_start=1191
+  _globals['_MIGRATEREQUEST']._serialized_end=1252
+  _globals['_MIGRATEREPLY']._serialized_start=1254
+  _globals['_MIGRATEREPLY']._serialized_end=1283
+  _globals['_DRAINREQUEST']._serialized_start=1285
+  _globals['_DRAINREQUEST']._serialized_end=1332
+  _globals['_DRAINREPLY']._serialized_start=1334
+  _globals['_DRAINREPLY']._serialized_end=1362
+  _globals['_SHUTDOWNREQUEST']._serialized_start=1364
+  _globals['_SHUTDOWNREQUEST']._serialized_end=1398
+  _globals['_SHUTDOWNREPLY']._serialized_start=1400
+  _globals['_SHUTDOWNREPLY']._serialized_end=1415
+  _globals['_UNANSWERED']._serialized_start=1417
+  _globals['_UNANSWERED']._serialized_end=1505
+  _globals['_LISTKVREQUEST']._serialized_start=1507
+  _globals['_LISTKVREQUEST']._serialized_end=1544
+  _globals['_LISTKVREPLY']._serialized_start=1546
+  _globals['_LISTKVREPLY']._serialized_end=1635
+  _globals['_VERIFYKVREQUEST']._serialized_start=1637
+  _globals['_VERIFYKVREQUEST']._serialized_end=1676
+  _globals['_VERIFYKVREPLY']._serialized_start=1678
+  _globals['_VERIFYKVREPLY']._serialized_end=1770
+  _globals['_COLLECTKVREQUEST']._serialized_start=1772
+  _globals['_COLLECTKVREQUEST']._serialized_end=1827
+  _globals['_COLLECTKVREPLY']._serialized_start=1829
+  _globals['_COLLECTKVREPLY']._serialized_end=1932
+  _globals['_DIAGNOSEREQUEST']._serialized_start=1934
+  _globals['_DIAGNOSEREQUEST']._serialized_end=1951
+  _globals['_CHECK']._serialized_start=1953
+  _globals['_CHECK']._serialized_end=2041
+  _globals['_DIAGNOSEREPLY']._serialized_start=2044
+  _globals['_DIAGNOSEREPLY']._serialized_end=2272
+  _globals['_ADMIN']._serialized_start=2363
+  _globals['_ADMIN']._serialized_end=3012
 # @@protoc_insertion_point(module_scope)

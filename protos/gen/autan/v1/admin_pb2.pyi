@@ -137,6 +137,34 @@ class AdminCancelReply(_message.Message):
     state: str
     def __init__(self, state: _Optional[str] = ...) -> None: ...
 
+class MigrateRequest(_message.Message):
+    __slots__ = ("request_id", "target_instance")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TARGET_INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    target_instance: str
+    def __init__(self, request_id: _Optional[str] = ..., target_instance: _Optional[str] = ...) -> None: ...
+
+class MigrateReply(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("instance_id", "on")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    ON_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    on: bool
+    def __init__(self, instance_id: _Optional[str] = ..., on: _Optional[bool] = ...) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ("moving",)
+    MOVING_FIELD_NUMBER: _ClassVar[int]
+    moving: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, moving: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class ShutdownRequest(_message.Message):
     __slots__ = ("grace_s",)
     GRACE_S_FIELD_NUMBER: _ClassVar[int]

@@ -50,6 +50,16 @@ class AdminStub:
                 request_serializer=autan_dot_v1_dot_admin__pb2.AdminCancelRequest.SerializeToString,
                 response_deserializer=autan_dot_v1_dot_admin__pb2.AdminCancelReply.FromString,
                 _registered_method=True)
+        self.Migrate = channel.unary_unary(
+                '/autan.v1.Admin/Migrate',
+                request_serializer=autan_dot_v1_dot_admin__pb2.MigrateRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_admin__pb2.MigrateReply.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/autan.v1.Admin/Drain',
+                request_serializer=autan_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_admin__pb2.DrainReply.FromString,
+                _registered_method=True)
         self.Shutdown = channel.unary_unary(
                 '/autan.v1.Admin/Shutdown',
                 request_serializer=autan_dot_v1_dot_admin__pb2.ShutdownRequest.SerializeToString,
@@ -95,6 +105,20 @@ class AdminServicer:
 
     def CancelRequest(self, request, context):
         """Cancels a request of any tenant.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Migrate(self, request, context):
+        """Begins to move a running request to another decode instance. Returns before the target has it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """An instance takes no new work and its running requests move elsewhere as far as there is room; or it takes work again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -150,6 +174,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.CancelRequest,
                     request_deserializer=autan_dot_v1_dot_admin__pb2.AdminCancelRequest.FromString,
                     response_serializer=autan_dot_v1_dot_admin__pb2.AdminCancelReply.SerializeToString,
+            ),
+            'Migrate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Migrate,
+                    request_deserializer=autan_dot_v1_dot_admin__pb2.MigrateRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_admin__pb2.MigrateReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=autan_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_admin__pb2.DrainReply.SerializeToString,
             ),
             'Shutdown': grpc.unary_unary_rpc_method_handler(
                     servicer.Shutdown,
@@ -259,6 +293,60 @@ class Admin:
             '/autan.v1.Admin/CancelRequest',
             autan_dot_v1_dot_admin__pb2.AdminCancelRequest.SerializeToString,
             autan_dot_v1_dot_admin__pb2.AdminCancelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Migrate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/autan.v1.Admin/Migrate',
+            autan_dot_v1_dot_admin__pb2.MigrateRequest.SerializeToString,
+            autan_dot_v1_dot_admin__pb2.MigrateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/autan.v1.Admin/Drain',
+            autan_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            autan_dot_v1_dot_admin__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,85 @@
+"""Moves of running requests that operators ask for: one request by name, or all of an instance that drains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from orchestrator.domain.ids import Epoch, InstanceId, RequestId
+from orchestrator.domain.instance import InstanceView
+from orchestrator.policy.migration import Move, RunningRequest, may_receive, plan_drain
+from orchestrator.store.client import LIST_LIMIT, Store
+from orchestrator.store.replies import LiveRequest, Migration
+from orchestrator.store.views import cluster_view
+from protos.contract.errors import InvalidRequest, NoInstance, OutOfBlocks, UnknownRequest
+from protos.contract.redis_names import Code, is_name
+
+_WHY_NOT = {
+    Code.STALE: "it has just been placed anew, or the target takes no work; look at it again",
+    Code.STATE: "it does not decode now, or another move of it is under way",
+    Code.FULL: "it was moved as often as scheduling.max_migrations allows",
+}
+
+
+class Mover:
+    """Reads the store, decides with the policy, begins the moves in the store."""
+
+    def __init__(self, store: Store, max_migrations: int) -> None:
+        self._store = store
+        self._max_migrations = max_migrations
+
+    async def migrate(self, request_id: str, target_id: str) -> int:
+        """Begins one move and returns its epoch.
+
+        Raises UnknownRequest, NoInstance, InvalidRequest (not of the same fingerprint), OutOfBlocks with the reason.
+        """
+        found = (await self._store.requests(LIST_LIMIT)).requests
+        request = next((one for one in found if one.request_id == request_id), None)
+        if request is None:
+            raise UnknownRequest(f"request {request_id} does not run; `autan requests` lists what does")
+        instances = await self._instances()
+        source, target = instances.get(request.d), instances.get(target_id)
+        if target is None:
+            raise NoInstance(f"there is no instance {target_id!r}; `autan status` lists them")
+        if source is None or request.state != "DECODING":
+            raise InvalidRequest(f"request {request_id} is {request.state}: only what decodes can be moved")
+        if not may_receive(source, target):
+            raise InvalidRequest(f"{target_id} cannot go on with what {request.d} decodes: role, state or fingerprint differ")
+        move = Move(RequestId(request_id), Epoch(request.epoch), target.instance_id, target.incarnation, 0)
+        code, epoch = (await self._begin([move]))[0]
+        if code not in (Code.OK, Code.DUPLICATE):
+            raise OutOfBlocks(f"request {request_id} is not moved: {_WHY_NOT.get(code, code.value)}", 1.0)
+        return epoch
+
+    async def drain(self, instance_id: str, on: bool) -> list[str]:
+        """Asks the instance to drain, or not to, and begins the moves of what decodes there; gives the requests that move.
+
+        Raises NoInstance.
+        """
+        if not is_name(instance_id) or await self._store.drain(instance_id, on) is Code.GONE:
+            raise NoInstance(f"there is no instance {instance_id!r}; `autan status` lists them")
+        instances = await self._instances()
+        source = instances.get(instance_id)
+        if not on or source is None:
+            return []
+        running = _running((await self._store.requests(LIST_LIMIT)).requests)
+        moves = plan_drain(source, tuple(instances.values()), running)
+        outcomes = await self._begin(moves)
+        begun = (Code.OK, Code.DUPLICATE)
+        return [move.request_id for move, (code, _) in zip(moves, outcomes, strict=True) if code in begun]
+
+    async def _instances(self) -> dict[str, InstanceView]:
+        view = cluster_view(await self._store.view(0))
+        return {str(instance.instance_id): instance for instance in view.instances}
+
+    async def _begin(self, moves: Iterable[Move]) -> list[tuple[Code, int]]:
+        wanted = [Migration(one.request_id, one.epoch, one.target, one.incarnation, one.blocks) for one in moves]
+        outcomes = await self._store.migrate(wanted, max_migrations=self._max_migrations)
+        return [(outcome.code, outcome.epoch) for outcome in outcomes]
+
+
+def _running(requests: Iterable[LiveRequest]) -> list[RunningRequest]:
+    return [
+        RunningRequest(RequestId(one.request_id), Epoch(one.epoch), InstanceId(one.d), one.prompt_tokens + one.n)
+        for one in requests
+        if one.state == "DECODING"
+    ]
