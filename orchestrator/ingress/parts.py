@@ -18,8 +18,8 @@ from orchestrator.ingress.journal import Journal
 from orchestrator.ingress.kv_admin import KvAdmin
 from orchestrator.ingress.live import StreamTable
 from orchestrator.ingress.metrics import Metrics
-from orchestrator.ingress.moving import Mover
 from orchestrator.ingress.model import ServedModel
+from orchestrator.ingress.moving import Mover
 from orchestrator.ingress.owner import Ownership
 from orchestrator.ingress.service import InferenceService
 from orchestrator.ingress.token_sink import TokenSink

@@ -21,9 +21,9 @@ from orchestrator.domain.ids import RequestId
 from orchestrator.domain.request import RequestState
 from orchestrator.runtime.effects import carry_out
 from orchestrator.runtime.loop import CoreLoop, settings_of
-from orchestrator.store.views import capabilities
 from orchestrator.store.client import Store
 from orchestrator.store.embedded import EmbeddedValkey
+from orchestrator.store.views import capabilities
 from protos import wire
 from protos.contract.redis_names import Fn
 from tests.support.store import FreshStore, RawStore
