@@ -118,7 +118,7 @@ def test_cancel_at_every_stage(fresh_store: FreshStore, point: str) -> None:
             await world.start_worker("prefill-0", "prefill")
             await world.start_worker("decode-0", "decode", engine=STEP)
             await world.start_worker("decode-1", "decode", engine=STEP)
-            request = await running(world, max_tokens=2000)
+            request = await running(world, max_tokens=1500)
             host = world.hosts["decode-1" if point.startswith("import") else "decode-0"]
             reached = asyncio.Event()
 
