@@ -105,18 +105,7 @@ def assemble(base: Base) -> Assembly:
 
     outbox = _outbox(base, on_finished)
     handoffs, context = _handoffs(base, ledger, counters)
-    moves = Moves(
-        me=me,
-        engine=thread,
-        store=base.store,
-        ledger=ledger,
-        outbox=outbox,
-        context=context,
-        channel=handoffs.channel,
-        fingerprint=fingerprint_of(thread.engine.identity, thread.engine.layout),
-        on_moved=on_moved,
-        pause_patience_s=timing.lease_s,
-    )
+    moves = _moves(base, handoffs, context, ledger, outbox, on_moved)
     arrivals = _arrivals(base, assignments, outbox, on_failed)
     receiver = _receiver(base, arrivals, ledger, counters)
     coordinator = Coordinator(
@@ -211,6 +200,29 @@ def _handoffs(base: Base, ledger: Ledger, counters: TransferCounters) -> tuple[H
         reach=base.failpoints.reach,
     )
     return handoffs, context
+
+
+def _moves(
+    base: Base,
+    handoffs: HandoffTasks,
+    context: SendContext,
+    ledger: Ledger,
+    outbox: Outbox,
+    on_moved: Callable[[Assignment], None],
+) -> Moves:
+    engine = base.thread.engine
+    return Moves(
+        me=base.me,
+        engine=base.thread,
+        store=base.store,
+        ledger=ledger,
+        outbox=outbox,
+        context=context,
+        channel=handoffs.channel,
+        fingerprint=fingerprint_of(engine.identity, engine.layout),
+        on_moved=on_moved,
+        pause_patience_s=base.spec.timing.lease_s,
+    )
 
 
 def _arrivals(
