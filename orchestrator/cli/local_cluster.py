@@ -18,10 +18,11 @@ from configs.rank_shares import check_ranks
 from configs.schema.cluster import ClusterConfig
 from orchestrator.cli.model_source import resolve_model
 from orchestrator.ingress.model import ServedModel, load_served_model
+from orchestrator.ingress.moving import SignMove
 from orchestrator.ingress.parts import IngressSettings
 from orchestrator.ingress.server import IngressServer
 from orchestrator.ingress.tasks import end_tasks
-from orchestrator.runtime.capabilities import signer
+from orchestrator.runtime.capabilities import move_signer, signer
 from orchestrator.runtime.fleet import Fleet
 from orchestrator.runtime.launcher import Launcher
 from orchestrator.runtime.loop import CoreLoop, settings_of
@@ -110,8 +111,9 @@ class LocalCluster:
         self._stack.push_async_callback(self.launcher.close)
         # Before the first socket of gRPC: Ray forks with handlers, and a fork beside gRPC's threads may abort the child.
         node_address = await self.launcher.node_address()
-        await self._start_ingress(load_served_model(config.model.name, card, self.model_dir), node_address)
         key_file = self._handoff_keys()
+        sign_move = move_signer(lambda: key_file.keys)
+        await self._start_ingress(load_served_model(config.model.name, card, self.model_dir), node_address, sign_move)
         sign = signer(lambda: key_file.keys)
         self.core = CoreLoop(self.store, settings_of(config), f"core-{secrets.token_hex(4)}", sign=sign)
         self._run("core", self.core.run())
@@ -150,7 +152,7 @@ class LocalCluster:
         await self._stack.enter_async_context(self.embedded)
         self.store_url = self.embedded.url
 
-    async def _start_ingress(self, model: ServedModel, node_address: str) -> None:
+    async def _start_ingress(self, model: ServedModel, node_address: str, sign_move: SignMove) -> None:
         config = self.config
         settings = IngressSettings(
             config=config.ingress,
@@ -168,6 +170,7 @@ class LocalCluster:
             store=self.store,
             model=model,
             on_shutdown=self._ask_to_stop,
+            sign_move=sign_move,
         )
         await self.ingress.start()
         self._stack.push_async_callback(self.ingress.stop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from orchestrator.domain.ids import Epoch, InstanceId, RequestId
 from orchestrator.domain.instance import InstanceView
@@ -10,6 +10,7 @@ from orchestrator.policy.migration import Move, RunningRequest, may_receive, pla
 from orchestrator.store.client import LIST_LIMIT, Store
 from orchestrator.store.replies import LiveRequest, Migration
 from orchestrator.store.views import cluster_view
+from protos.contract.capability import Grant
 from protos.contract.errors import InvalidRequest, NoInstance, OutOfBlocks, UnknownRequest
 from protos.contract.redis_names import Code, is_name
 
@@ -20,11 +21,21 @@ _WHY_NOT = {
 }
 
 
+SignMove = Callable[[Grant], bytes]
+
+
+def unsigned_move(grant: Grant) -> bytes:
+    """No capability: for workers that have no keys."""
+    del grant
+    return b""
+
+
 class Mover:
     """Reads the store, decides with the policy, begins the moves in the store."""
 
-    def __init__(self, store: Store, max_migrations: int) -> None:
+    def __init__(self, store: Store, max_migrations: int, sign: SignMove = unsigned_move) -> None:
         self._store = store
+        self._sign = sign
         self._max_migrations = max_migrations
 
     async def migrate(self, request_id: str, target_id: str) -> int:
@@ -45,7 +56,7 @@ class Mover:
         if not may_receive(source, target):
             raise InvalidRequest(f"{target_id} cannot go on with what {request.d} decodes: role, state or fingerprint differ")
         move = Move(RequestId(request_id), Epoch(request.epoch), target.instance_id, target.incarnation, 0)
-        code, epoch = (await self._begin([move]))[0]
+        code, epoch = (await self._begin([move], {request_id: request}, instances))[0]
         if code not in (Code.OK, Code.DUPLICATE):
             raise OutOfBlocks(f"request {request_id} is not moved: {_WHY_NOT.get(code, code.value)}", 1.0)
         return epoch
@@ -61,9 +72,9 @@ class Mover:
         source = instances.get(instance_id)
         if not on or source is None:
             return []
-        running = _running((await self._store.requests(LIST_LIMIT)).requests)
-        moves = plan_drain(source, tuple(instances.values()), running)
-        outcomes = await self._begin(moves)
+        requests = {one.request_id: one for one in (await self._store.requests(LIST_LIMIT)).requests}
+        moves = plan_drain(source, tuple(instances.values()), _running(requests.values()))
+        outcomes = await self._begin(moves, requests, instances)
         begun = (Code.OK, Code.DUPLICATE)
         return [move.request_id for move, (code, _) in zip(moves, outcomes, strict=True) if code in begun]
 
@@ -71,10 +82,39 @@ class Mover:
         view = cluster_view(await self._store.view(0))
         return {str(instance.instance_id): instance for instance in view.instances}
 
-    async def _begin(self, moves: Iterable[Move]) -> list[tuple[Code, int]]:
-        wanted = [Migration(one.request_id, one.epoch, one.target, one.incarnation, one.blocks) for one in moves]
+    async def _begin(
+        self, moves: Iterable[Move], requests: Mapping[str, LiveRequest], instances: Mapping[str, InstanceView]
+    ) -> list[tuple[Code, int]]:
+        wanted = []
+        for move in moves:
+            request = requests[move.request_id]
+            capability = self._sign(_grant(request, instances[request.d], instances[move.target]))
+            wanted.append(
+                Migration(
+                    move.request_id, move.epoch, move.target, move.incarnation, move.blocks, request.next_epoch, capability
+                )
+            )
         outcomes = await self._store.migrate(wanted, max_migrations=self._max_migrations)
         return [(outcome.code, outcome.epoch) for outcome in outcomes]
+
+
+def _grant(request: LiveRequest, source: InstanceView, target: InstanceView) -> Grant:
+    """As many blocks as the request may ever fill: nobody knows how far it gets until it pauses."""
+    able = target.capabilities
+    assert able is not None
+    # The last token is never fed back: it needs no row.
+    blocks = -(-(request.prompt_tokens + request.max_tokens - 1) // able.block_tokens)
+    return Grant(
+        request_id=request.request_id,
+        epoch=request.next_epoch,
+        source_instance=source.instance_id,
+        source_incarnation=source.incarnation,
+        target_instance=target.instance_id,
+        target_incarnation=target.incarnation,
+        blocks=blocks,
+        kv_bytes=blocks * able.block_bytes,
+        expires_at_ms=request.deadline_ms,
+    )
 
 
 def _running(requests: Iterable[LiveRequest]) -> list[RunningRequest]:

@@ -19,7 +19,7 @@ from orchestrator.ingress.kv_admin import KvAdmin
 from orchestrator.ingress.live import StreamTable
 from orchestrator.ingress.metrics import Metrics
 from orchestrator.ingress.model import ServedModel
-from orchestrator.ingress.moving import Mover
+from orchestrator.ingress.moving import Mover, SignMove, unsigned_move
 from orchestrator.ingress.owner import Ownership
 from orchestrator.ingress.service import InferenceService
 from orchestrator.ingress.token_sink import TokenSink
@@ -88,6 +88,7 @@ def assemble(
     on_shutdown: Callable[[float], None],
     clock: Clock | None = None,
     worker_options: Sequence[tuple[str, Any]] | None = None,
+    sign_move: SignMove = unsigned_move,
 ) -> Parts:
     """Makes the parts; nothing runs yet."""
     base = _base(settings, store, model, sink_address, clock=clock or SystemClock())
@@ -114,7 +115,7 @@ def assemble(
         on_shutdown=on_shutdown,
         kv=KvAdmin(workers),
         doctor=Doctor(store, workers, settings.version, sink_address),
-        mover=Mover(store, settings.max_migrations),
+        mover=Mover(store, settings.max_migrations, sign_move),
     )
     return Parts(
         metrics=metrics,

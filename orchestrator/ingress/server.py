@@ -18,6 +18,7 @@ from configs.schema.network import NetworkConfig
 from orchestrator.ingress.auth import Authoriser, load_keys
 from orchestrator.ingress.listen import bind, check_exposure
 from orchestrator.ingress.model import ServedModel
+from orchestrator.ingress.moving import SignMove, unsigned_move
 from orchestrator.ingress.parts import IngressSettings, Parts, assemble
 from orchestrator.ingress.tasks import end_tasks
 from orchestrator.store.client import Store
@@ -55,6 +56,7 @@ class IngressServer:
         model: ServedModel,
         on_shutdown: Callable[[float], None],
         node_address: str | None = None,
+        sign_move: SignMove = unsigned_move,
     ) -> None:
         self._settings = settings
         self._network = network
@@ -62,6 +64,7 @@ class IngressServer:
         self._model = model
         self._on_shutdown = on_shutdown
         self._node_address = node_address
+        self._sign_move = sign_move
         self._tasks: list[asyncio.Task[None]] = []
         self._clients: Any = None
         self._workers: Any = None
@@ -104,6 +107,7 @@ class IngressServer:
             authorise=authorise,
             sink_address=self.sink_address,
             on_shutdown=self._on_shutdown,
+            sign_move=self._sign_move,
             worker_options=channel_options(
                 self._network.max_message_bytes, self._network.keepalive_s, self._network.ping_timeout_s
             ),

@@ -1,4 +1,4 @@
-"""Signs the capability of each hand-off that the core assigns. See protos.contract.capability."""
+"""Signs the capability of each hand-off that the core assigns and of each move. See protos.contract.capability."""
 
 from __future__ import annotations
 
@@ -36,5 +36,17 @@ def signer(keys: Callable[[], Keyring]) -> Sign:
         )
         capability = kv.Capability(mac=keys().sign(grant), expires_at_ms=grant.expires_at_ms)
         return capability.SerializeToString(deterministic=True)
+
+    return sign
+
+
+def move_signer(keys: Callable[[], Keyring]) -> Callable[[Grant], bytes]:
+    """Signs moves: the blocks of the grant are the most that may come."""
+
+    def sign(grant: Grant) -> bytes:
+        mac = keys().sign(grant)
+        return kv.Capability(mac=mac, expires_at_ms=grant.expires_at_ms, most_blocks=grant.blocks).SerializeToString(
+            deterministic=True
+        )
 
     return sign

@@ -239,6 +239,7 @@ class Store:
             arguments: list[Argument] = [leader_id, leader_epoch, max_migrations, len(part)]
             for at in part:
                 arguments += (at.request_id, at.expected_epoch, at.target, at.target_inc, at.blocks)
+                arguments += (at.move_epoch, at.capability)
             cursor = await self._call(Fn.MIGRATE, *arguments)
             cursor.leading_code()
             outcomes += [replies.AssignOutcome(cursor.code(), cursor.number()) for _ in part]

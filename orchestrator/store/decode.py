@@ -119,6 +119,9 @@ def live_request(cursor: Cursor) -> replies.LiveRequest:
         d=cursor.text(),
         submitted_ms=cursor.number(),
         attempts=cursor.number(),
+        max_tokens=cursor.number(),
+        deadline_ms=cursor.number(),
+        next_epoch=cursor.number(),
     )
 
 

@@ -184,6 +184,8 @@ class Migration:
     target: str
     target_inc: int
     blocks: int
+    move_epoch: int
+    capability: bytes = b""  # of the move, for the source to show
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,9 @@ class LiveRequest:
     d: str
     submitted_ms: int
     attempts: int
+    max_tokens: int
+    deadline_ms: int
+    next_epoch: int  # that a move, or the next placement, has
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,8 @@ class Authority:
             return
         grant = grant_of(claim, block_bytes)
         self._keys().verify(grant, claim.capability.mac)
+        if claim.num_blocks > grant.blocks:
+            raise Unauthenticated(f"{claim.request_id}: {claim.num_blocks} blocks, the capability allows {grant.blocks}")
         # Before the first poll of the inbox nothing is expected here either, so no hand-off can begin.
         now_ms = self._clock.now_ms
         if now_ms is not None:
@@ -89,7 +91,8 @@ class Authority:
 
 
 def grant_of(claim: kv.OpenRequest, block_bytes: int) -> Grant:
-    """What must have been signed for this claim to be allowed."""
+    """What must have been signed for this claim to be allowed; its blocks may be fewer when it is a move."""
+    blocks = claim.capability.most_blocks or claim.num_blocks
     return Grant(
         request_id=claim.request_id,
         epoch=claim.epoch,
@@ -97,7 +100,7 @@ def grant_of(claim: kv.OpenRequest, block_bytes: int) -> Grant:
         source_incarnation=claim.source_incarnation,
         target_instance=claim.target_instance,
         target_incarnation=claim.target_incarnation,
-        blocks=claim.num_blocks,
-        kv_bytes=claim.num_blocks * block_bytes,
+        blocks=blocks,
+        kv_bytes=blocks * block_bytes,
         expires_at_ms=claim.capability.expires_at_ms,
     )

@@ -78,7 +78,8 @@ class _Move:
 
     @property
     def key(self) -> Key:
-        return Key(self.known.request_id, self.known.epoch, Side.SEND)
+        # The blocks are pinned under the epoch at which the source has them.
+        return Key(self.known.request_id, self.assignment.epoch, Side.SEND)
 
     @property
     def may_pause(self) -> bool:
@@ -183,6 +184,7 @@ class Moves:
             target_instance=entry.peer_instance,
             target_incarnation=entry.peer_incarnation,
             fingerprint=self._fingerprint,
+            capability=entry.capability,
             ahead_tokens=ahead,
             source_epoch=assignment.epoch,
         )

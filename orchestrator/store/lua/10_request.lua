@@ -160,8 +160,9 @@ local function terminate(c, r, state, reason, retain_ms, stored_error, by_owner)
   hint_core(c)
 end
 
--- Takes a placed request back into the queue, at the place that its submission gave it. The epoch stays: the state
--- alone refuses the old holders until assign raises it.
+-- Takes a placed request back into the queue, at the place that its submission gave it. The state alone refuses the old
+-- holders until assign raises the epoch. The epoch becomes the last one that was given out, be it to a move that came to
+-- nothing: the next placement is signed for the epoch behind the one that is read in the queue.
 local function requeue(c, r)
   check_move(c, r, 'QUEUED')
   push_to_both(c, r, 'revoke')
@@ -169,7 +170,8 @@ local function requeue(c, r)
   leave_d(c, r)
   leave_m(c, r)
   set(c, r, {
-    state = 'QUEUED', holder = '', holder_inc = '', p = '', p_inc = '', d = '', d_inc = '',
+    state = 'QUEUED', epoch = text(tonumber(next_epoch(r)) - 1),
+    holder = '', holder_inc = '', p = '', p_inc = '', d = '', d_inc = '',
     p_blocks = '0', p_tokens = '0', d_blocks = '0',
   })
   redis.call('ZREM', k(c, 'lease'), r.id)

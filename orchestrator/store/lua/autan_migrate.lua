@@ -1,8 +1,10 @@
 -- autan_migrate: begins to move decoding requests to other instances, while they decode on.
 -- ARGV  leader_id ("" = an operator), leader_epoch, max_migrations, k (at most 64),
---       then k x (id, expected_epoch, target, target_inc, blocks; at least what is charged at D is charged at the target)
+--       then k x (id, expected_epoch, target, target_inc, blocks, move_epoch, capability);
+--       at least the blocks that are charged at D are charged at the target; the capability is signed for move_epoch
 -- Reply OK, then k x (code, epoch of the move; 0 unless OK or DUPLICATE):
---       DUPLICATE  this very move is open already      STALE  another epoch, or a target that takes no work
+--       DUPLICATE  this very move is open already      STALE  another epoch, move_epoch is not the next to be
+--                                                      given out, or the target takes no work
 --       STATE      not DECODING, on the target already, or another move is open
 --       FULL       max_migrations moves of it were begun      GONE  no such request
 --       | NOT_LEADER
@@ -18,11 +20,11 @@ local function migrate_one(c, a, max_migrations)
     return 'STATE', '0'
   end
   if r.d == a.m then return 'STATE', '0' end
-  if not takes_work(c, a.m, a.m_inc) then return 'STALE', '0' end
+  if next_epoch(r) ~= a.m_epoch or not takes_work(c, a.m, a.m_inc) then return 'STALE', '0' end
   local moves = tonumber(r.moves) or 0
   if moves >= max_migrations then return 'FULL', '0' end
   set(c, r, {
-    m = a.m, m_inc = a.m_inc, m_open = '1', m_epoch = next_epoch(r),
+    m = a.m, m_inc = a.m_inc, m_open = '1', m_epoch = a.m_epoch, m_capability = a.capability,
     m_blocks = text(math.max(tonumber(a.blocks), tonumber(r.d_blocks))),
     m_known = text(journal_length(c, a.id)), moves = text(moves + 1),
   })
@@ -44,6 +46,7 @@ local function autan_migrate(keys, args)
     wanted[at] = {
       id = take_name(c, 'id'), epoch = take_epoch(c, 'expected_epoch'),
       m = take_name(c, 'target'), m_inc = take_epoch(c, 'target_inc'), blocks = text(take_int(c, 'blocks', 0)),
+      m_epoch = take_epoch(c, 'move_epoch'), capability = take_bytes(c, 'capability'),
     }
   end
   taken_all(c)

@@ -9,7 +9,7 @@
 --       move     the caller decodes it: copy its KV to the peer meanwhile, under this epoch, and let it take over
 --       arrive   the peer decodes it and moves it here under this epoch
 --       stay     the move of this epoch is over: decode on
---       Only a prefill has a capability.
+--       Only a prefill and a move have a capability.
 --       revoke, stay and owner have no spec, journal or peer; a revoke or stay has no ingress.
 --       The journal of prefill and expect is what was journaled when assign placed the request, that of move and arrive when
 --       the move began: the same for both sides.
@@ -59,7 +59,8 @@ local function entry_reply(c, seq, kind, id, epoch, r)
     peer, peer_inc = r[side], r[side .. '_inc']
     peer_addr = redis.call('HGET', k_instance(c, peer), 'addr') or ''
     spec = redis.call('HGET', k_request(c, id), 'spec') or ''
-    if kind == 'prefill' then capability = redis.call('HGET', k_request(c, id), 'capability') or '' end
+    local shown = kind == 'prefill' and 'capability' or kind == 'move' and 'm_capability'
+    capability = shown and redis.call('HGET', k_request(c, id), shown) or ''
     local known_n = (kind == 'move' or kind == 'arrive') and r.m_known or r.known_n
     -- As it was at assign: P may have had its first token journaled before D reads, and both must count the same rows.
     if known_n ~= '0' then journal = redis.call('GETRANGE', k_journal(c, id), 0, 4 * tonumber(known_n) - 1) end

@@ -19,8 +19,8 @@ def decoding(world: World) -> World:
     return world
 
 
-def migrate(world: World, target: str = "t", epoch: int = 1, inc: int = 1, most: int = 3) -> list[Any]:
-    return world.call(Fn.MIGRATE, "", 0, most, 1, "r", epoch, target, inc, 5)[1:]
+def migrate(world: World, target: str = "t", epoch: int = 1, inc: int = 1, most: int = 3, new: int = 2) -> list[Any]:
+    return world.call(Fn.MIGRATE, "", 0, most, 1, "r", epoch, target, inc, 5, new, b"signed")[1:]
 
 
 def stay(world: World, epoch: int = 2, instance: str = "d") -> list[Any]:
@@ -38,6 +38,7 @@ def test_a_move_runs_its_course(decoding: World) -> None:
     assert blocks(w) == {"p": 0, "d": 3, "t": 5}
     (entry,) = [e for e in w.pick("d") if e.kind == "move"]
     assert (entry.epoch, entry.peer_inst, entry.peer_addr, len(entry.journal)) == (2, "t", "addr:t", 4)
+    assert entry.capability in ("signed", b"signed")
     (entry,) = w.pick("t")
     assert (entry.kind, entry.epoch, entry.peer_inst, entry.spec, len(entry.journal)) == ("arrive", 2, "d", "spec-r", 4)
     assert w.renew("d", 1, ("r", 1, "h"))[3] == 0 and w.renew("t", 1, ("r", 2, "e"))[3] == 0
@@ -62,11 +63,14 @@ def test_a_move_that_stays(decoding: World) -> None:
     assert w.handoff("r", 2, "t")[0] == "STALE", "nobody takes over by a closed move"
     assert w.told("t")[-1] == ("revoke", "r", 2)
     assert blocks(w) == {"p": 0, "d": 3, "t": 0}
-    assert migrate(w) == ["OK", "3"], "an epoch is given out once"
+    assert migrate(w) == ["STALE", "0"] and migrate(w, new=4) == ["STALE", "0"]
+    assert migrate(w, new=3) == ["OK", "3"], "an epoch is given out once"
     w.lapse("r")
     assert w.reap()[0] == {"r": "QUEUED"}
     assert blocks(w) == {"p": 0, "d": 0, "t": 0}
-    assert w.assign("r", "p", "d", epoch=1) == ["OK", "4"]
+    assert w.look("r")[1] == "3"
+    assert w.assign("r", "p", "d", epoch=1)[0] == "STALE"
+    assert w.assign("r", "p", "d", epoch=3) == ["OK", "4"], "the epoch for which the placement is signed"
 
 
 def test_what_may_not_move(decoding: World) -> None:
@@ -78,11 +82,11 @@ def test_what_may_not_move(decoding: World) -> None:
     assert migrate(w) == ["STALE", "0"]
     w.call(Fn.DRAIN, "t", 0)
     assert w.call(Fn.MIGRATE, LEADER, w.leader_epoch + 1, 3, 0) == ["NOT_LEADER"]
-    assert w.call(Fn.MIGRATE, "", 0, 3, 1, "gone", 1, "t", 1, 5)[1:] == ["GONE", "0"]
+    assert w.call(Fn.MIGRATE, "", 0, 3, 1, "gone", 1, "t", 1, 5, 2, b"")[1:] == ["GONE", "0"]
     for epoch in (2, 3, 4):
-        assert migrate(w) == ["OK", str(epoch)]
+        assert migrate(w, new=epoch) == ["OK", str(epoch)]
         assert stay(w, epoch)[0] == "OK"
-    assert migrate(w) == ["FULL", "0"]
+    assert migrate(w, new=5) == ["FULL", "0"]
 
 
 @pytest.mark.parametrize("how", ["cancel", "finish", "fail", "expire", "source", "target"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import pytest
 
 from orchestrator.control.effects import Assignment
 from orchestrator.domain.ids import Epoch, Incarnation, InstanceId, RequestId
-from orchestrator.runtime.capabilities import signer
+from orchestrator.ingress.moving import Mover
+from orchestrator.runtime.capabilities import move_signer, signer
 from orchestrator.store.replies import Placement
-from protos.contract.capability import KeyFile, make_key_file, rotate_key_file
+from protos.contract.capability import Grant, KeyFile, make_key_file, rotate_key_file
 from protos.contract.redis_names import Code
 from protos.rpc import error_of, kv_pb2_grpc, open_channel
 from protos.wire import kv
 from tests.support.store import FreshStore
-from tests.support.worker_world import BLOCK_TOKENS, LEADER, WorkerWorld, prompt, worker_world
+from tests.support.worker_world import BLOCK_TOKENS, LEADER, WorkerWorld, prompt, slow, until, worker_world
 
 TOKENS = 4 * BLOCK_TOKENS - 3
 LONG_MS = 60_000
@@ -58,13 +60,13 @@ class SignedWorld:
         return not (d.engine.stats().used_blocks or d.parts.ledger.opened or d.parts.counters.kv_bytes_received)
 
 
-def run(fresh: FreshStore, tmp_path: Path, scenario: Callable[[SignedWorld], Awaitable[None]]) -> None:
+def run(fresh: FreshStore, tmp_path: Path, scenario: Callable[[SignedWorld], Awaitable[None]], **engine: Any) -> None:
     async def whole() -> None:
         path = tmp_path / "handoff.keys"
         make_key_file(path)
         async with worker_world(fresh) as world:
-            for name in ("prefill", "decode"):
-                await world.start_worker(f"{name}-0", name, handoff_keys_file=str(path))
+            await world.start_worker("prefill-0", "prefill", handoff_keys_file=str(path))
+            await world.start_worker("decode-0", "decode", engine=engine, handoff_keys_file=str(path))
             await scenario(SignedWorld(world, path))
 
     asyncio.run(whole())
@@ -145,3 +147,32 @@ def test_a_capability_that_was_used_opens_nothing_again(
         assert any("was used already" in record.getMessage() for record in caplog.records)
 
     run(fresh_store, tmp_path, scenario)
+
+
+@pytest.mark.parametrize("least", [0, 1], ids=["signed", "one block too few"])
+def test_a_move_is_signed_for_the_room_that_it_may_need(
+    fresh_store: FreshStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, least: int
+) -> None:
+    async def scenario(signed: SignedWorld) -> None:
+        world = signed.world
+        await world.start_worker("decode-1", "decode", handoff_keys_file=str(signed.path))
+        request = await world.submit(prompt(TOKENS), 80)
+        await signed.assign(request)
+        await until(lambda: len(world.ingress.of(request).output) >= 3, "it decodes")
+        file = KeyFile(signed.path)
+        sign = move_signer(lambda: file.keys)
+        most = -(-(TOKENS + 79) // BLOCK_TOKENS)
+
+        def smaller(grant: Grant) -> bytes:
+            assert grant.blocks == most
+            block_bytes = grant.kv_bytes // grant.blocks
+            return sign(replace(grant, blocks=most - least, kv_bytes=(most - least) * block_bytes))
+
+        await Mover(world.store, 3, smaller).migrate(request, "decode-1")
+        got = await world.answered(request)
+        assert ("decode-1" in got.senders) == (least == 0)
+        if least:
+            assert any(f"the capability allows {most - 1}" in record.getMessage() for record in caplog.records)
+        await world.clean()
+
+    run(fresh_store, tmp_path, scenario, **slow(decode_step_s=0.01))

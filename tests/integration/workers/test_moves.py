@@ -19,8 +19,8 @@ STEP = slow(decode_step_s=0.01)
 async def migrate(world: WorkerWorld, request_id: str, target: str) -> Code:
     """Asks for a move as an operator does."""
     incarnations = {record.instance_id: record.incarnation for record in (await world.store.view()).instances}
-    epoch = (await world.store.look([request_id]))[0].epoch
-    wanted = Migration(request_id, epoch, target, incarnations[target], 4)
+    (at,) = [one for one in (await world.store.requests()).requests if one.request_id == request_id]
+    wanted = Migration(request_id, at.epoch, target, incarnations[target], 4, at.next_epoch)
     return (await world.store.migrate([wanted], max_migrations=3))[0].code
 
 

@@ -8,12 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Capability(_message.Message):
-    __slots__ = ("mac", "expires_at_ms")
+    __slots__ = ("mac", "expires_at_ms", "most_blocks")
     MAC_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_MS_FIELD_NUMBER: _ClassVar[int]
+    MOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     mac: bytes
     expires_at_ms: int
-    def __init__(self, mac: _Optional[bytes] = ..., expires_at_ms: _Optional[int] = ...) -> None: ...
+    most_blocks: int
+    def __init__(self, mac: _Optional[bytes] = ..., expires_at_ms: _Optional[int] = ..., most_blocks: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
     __slots__ = ("request_id", "epoch", "source_instance", "source_incarnation", "target_instance", "target_incarnation", "fingerprint", "num_tokens", "num_blocks", "block_hashes", "layers_per_group", "capability", "deadline_s")
