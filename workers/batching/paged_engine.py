@@ -16,9 +16,10 @@ from workers.batching.import_gate import ImportGate
 from workers.batching.integrity import check_stages
 from workers.batching.ledger import BlockLedger, Grant
 from workers.batching.outcome import Counters, StepOutcome
-from workers.batching.runner import Runner, Slice
+from workers.batching.runner import Runner
 from workers.batching.scheduler import Plan, StepLimits, plan
 from workers.batching.sequence import Sequence, SequenceState
+from workers.batching.slicing import slice_of
 from workers.engine_api.types import (
     BlockOwner,
     CacheEvent,
@@ -101,8 +102,8 @@ class PagedEngine:
             if todo.empty:
                 return _NOTHING
             self._carry_out(todo)
-            batch = [_slice(sequence, 1) for sequence in todo.decodes]
-            batch += [_slice(chunk.sequence, chunk.count) for chunk in todo.chunks]
+            batch = [slice_of(sequence, 1) for sequence in todo.decodes]
+            batch += [slice_of(chunk.sequence, chunk.count) for chunk in todo.chunks]
         drawn = self._runner.run(batch)
         assert len(drawn) == len(batch), f"the runner answered {len(drawn)} of {len(batch)} slices"
         with self._lock:
@@ -131,9 +132,7 @@ class PagedEngine:
 
     def pin(self, request_id: str, epoch: int) -> tuple[int, ...]:
         with self._lock:
-            sequence = self._sequences.get(request_id)
-            if sequence is None or sequence.epoch != epoch:
-                raise StaleEpoch(f"{request_id}: epoch {epoch} is not here")
+            sequence = self._at(request_id, epoch)
             self._plan = None
             return self._ledger.pin(sequence)
 
@@ -144,9 +143,7 @@ class PagedEngine:
 
     def pause(self, request_id: str, epoch: int) -> Paused | None:
         with self._lock:
-            sequence = self._sequences.get(request_id)
-            if sequence is None or sequence.epoch != epoch:
-                raise StaleEpoch(f"{request_id}: epoch {epoch} is not here")
+            sequence = self._at(request_id, epoch)
             if sequence.state is not SequenceState.DECODING:
                 return None
             self._plan = None
@@ -158,9 +155,7 @@ class PagedEngine:
     def resume(self, request_id: str, epoch: int) -> bool:
         with self._lock:
             sequence = self._sequences.get(request_id)
-            if sequence is None or sequence.epoch != epoch or sequence.state is not SequenceState.HELD:
-                return False
-            if sequence.request.phase is not Phase.FULL:
+            if sequence is None or sequence.epoch != epoch or not sequence.is_paused:
                 return False
             self._plan = None
             sequence.move(SequenceState.DECODING)
@@ -356,6 +351,12 @@ class PagedEngine:
         self._sequences[request.request_id] = sequence
         return sequence
 
+    def _at(self, request_id: str, epoch: int) -> Sequence:
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.epoch != epoch:
+            raise StaleEpoch(f"{request_id}: epoch {epoch} is not here")
+        return sequence
+
     def _leave_room_for_preempted(self, blocks: int) -> None:
         """Raises OutOfBlocks when imports would take what preempted sequences need to come back."""
         owed = sum(s.blocks_for_known for s in self._waiting if s.preempted)
@@ -395,23 +396,3 @@ class PagedEngine:
     def _leave(self, sequence: Sequence) -> None:
         sequence.move(SequenceState.ENDED)
         del self._sequences[sequence.request_id]
-
-
-def _slice(sequence: Sequence, count: int) -> Slice:
-    start = sequence.num_computed
-    tokens = sequence.tokens
-    sample = start + count == len(tokens)
-    return Slice(
-        sequence.request_id,
-        tokens,
-        sequence.num_prompt,
-        start,
-        count,
-        sequence.table,
-        sequence.sampling,
-        sample,
-        len(tokens) - sequence.num_prompt,
-        sequence.request.cache_salt,
-        allowed=sequence.foresee() if sample else None,
-        counts=sequence.counts if sample else None,
-    )

@@ -9,7 +9,7 @@ from protos.contract.block_hash import next_hash
 from workers.batching.constraint import Constraint
 from workers.batching.runner import AllowedTokens
 from workers.batching.token_counts import TokenCounts
-from workers.engine_api.types import EngineRequest, FinishReason
+from workers.engine_api.types import EngineRequest, FinishReason, Phase
 
 
 class SequenceState(Enum):
@@ -91,6 +91,11 @@ class Sequence:
     def output_index(self) -> int:
         """Index of the next output token."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def is_paused(self) -> bool:
+        """True when it is held to be moved, not as the result of a prefill for somebody else."""
+        return self.state is SequenceState.HELD and self.request.phase is Phase.FULL
 
     @property
     def blocks_for_known(self) -> int:
