@@ -46,6 +46,8 @@ METHOD_ROLES: Mapping[str, Role] = {
     "/autan.v1.Admin/Status": Role.ADMIN,
     "/autan.v1.Admin/ListRequests": Role.ADMIN,
     "/autan.v1.Admin/CancelRequest": Role.ADMIN,
+    "/autan.v1.Admin/Migrate": Role.ADMIN,
+    "/autan.v1.Admin/Drain": Role.ADMIN,
     "/autan.v1.Admin/Shutdown": Role.ADMIN,
     "/autan.v1.Admin/ListKv": Role.ADMIN,
     "/autan.v1.Admin/VerifyKv": Role.ADMIN,

@@ -33,6 +33,8 @@ VALID: dict[Fn, Arguments] = {
     Fn.HANDOFF: ["r", 1, "d", 1, LONG_MS],
     Fn.FAIL: ["r", 1, "p", 1, 1, 0, 3, 1000, "oops"],
     Fn.DRAIN: ["p", 1],
+    Fn.MIGRATE: [LEADER, 1, 3, 1, "m", 1, "t", 1, 5, 2, b""],
+    Fn.STAY: ["m", 2, "d", 1],
     Fn.STATS: [],
     Fn.REQUESTS: [10],
 }
@@ -42,11 +44,13 @@ READ_ONLY = {Fn.LOOK, Fn.ORPHANS, Fn.VIEW, Fn.STATS, Fn.REQUESTS}
 
 @pytest.fixture
 def busy(world: World) -> World:
-    """One request at P, one in the queue."""
-    for name in "pd":
+    """One request at P, one that moves, one in the queue."""
+    for name in "pdt":
         world.instance(name)
     world.prefilling("r")
     world.queued("q")
+    world.decoding("m")
+    assert world.call(Fn.MIGRATE, "", 0, 3, 1, "m", 1, "t", 1, 5, 2, b"")[1:] == ["OK", "2"]
     return world
 
 

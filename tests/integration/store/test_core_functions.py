@@ -170,7 +170,7 @@ def test_reap_requeues_lapsed_leases_and_counts_only_held_ones(world: World) -> 
 def requests(world: World) -> list[list[str]]:
     """The entries of autan_requests."""
     reply = world.call(Fn.REQUESTS, 1000)
-    return [reply[3 + 10 * i : 13 + 10 * i] for i in range(reply[2])]
+    return [reply[3 + 13 * i : 16 + 13 * i] for i in range(reply[2])]
 
 
 def test_a_lease_of_no_time_lapses_at_once(world: World) -> None:
