@@ -9,7 +9,7 @@ import pytest
 from tests.contract.driver import EngineShape, Outputs, a_prompt, a_request, assert_empty, run
 from tests.contract.test_oracle_engine import MODEL
 from workers.batching.paged_engine import EngineLimits, PagedEngine
-from workers.batching.runner import Sampled, Slice
+from workers.batching.runner import OnGroups, Sampled, Slice
 from workers.engine_api.types import SamplingParams
 from workers.engines.oracle.reference import expected_tokens
 from workers.engines.oracle.runner import OracleRunner
@@ -111,8 +111,8 @@ class FailingRunner(OracleRunner):
         self._fails = fails
         self._odd_token = odd_token
 
-    def run(self, batch: Sequence[Slice]) -> list[Sampled]:
-        return [self._spoil(work, drawn) for work, drawn in zip(batch, super().run(batch), strict=True)]
+    def run(self, batch: Sequence[Slice], on_groups: OnGroups | None = None) -> list[Sampled]:
+        return [self._spoil(work, drawn) for work, drawn in zip(batch, super().run(batch, on_groups), strict=True)]
 
     def _spoil(self, work: Slice, drawn: Sampled) -> Sampled:
         if self._fails(work):
@@ -159,10 +159,10 @@ class LostRunner(OracleRunner):
 
     lost = False
 
-    def run(self, batch: Sequence[Slice]) -> list[Sampled]:
+    def run(self, batch: Sequence[Slice], on_groups: OnGroups | None = None) -> list[Sampled]:
         if self.lost:
             raise RuntimeError("device lost")
-        return super().run(batch)
+        return super().run(batch, on_groups)
 
 
 def test_a_lost_device_leaves_the_books_in_order() -> None:

@@ -14,12 +14,14 @@ from workers.batching.admission import check_ahead, check_fits, check_handed_tok
 from workers.batching.constraint import Constrainer, open_constraint
 from workers.batching.import_gate import ImportGate
 from workers.batching.integrity import check_stages
+from workers.batching.layer_progress import told_by_layers
 from workers.batching.ledger import BlockLedger, Grant
 from workers.batching.outcome import Counters, StepOutcome
 from workers.batching.runner import Runner
 from workers.batching.scheduler import Plan, StepLimits, plan
 from workers.batching.sequence import Sequence, SequenceState
 from workers.batching.slicing import slice_of
+from workers.engine_api.protocol import OnLayers
 from workers.engine_api.types import (
     BlockOwner,
     CacheEvent,
@@ -96,7 +98,7 @@ class PagedEngine:
     def has_work(self) -> bool:
         return not self._current_plan().empty
 
-    def step(self) -> StepResult:
+    def step(self, on_layers: OnLayers | None = None) -> StepResult:
         with self._lock:
             todo = self._current_plan()
             if todo.empty:
@@ -104,7 +106,7 @@ class PagedEngine:
             self._carry_out(todo)
             batch = [slice_of(sequence, 1) for sequence in todo.decodes]
             batch += [slice_of(chunk.sequence, chunk.count) for chunk in todo.chunks]
-        drawn = self._runner.run(batch)
+        drawn = self._runner.run(batch, None if on_layers is None else told_by_layers(todo.chunks, on_layers))
         assert len(drawn) == len(batch), f"the runner answered {len(drawn)} of {len(batch)} slices"
         with self._lock:
             self._plan = None

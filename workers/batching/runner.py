@@ -17,6 +17,10 @@ view is read before `run` returns. None allows every token. An AutanError that i
 """
 
 
+OnGroups = Callable[[int], None]
+"""Hears, on the thread of `run`, that all rows of the batch are final in so many leading layer groups; the number rises."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """The rows of one sequence that one step computes.
@@ -61,8 +65,11 @@ class Runner(Protocol):
     @property
     def num_blocks(self) -> int: ...
 
-    def run(self, batch: Sequence[Slice]) -> list[Sampled]:
-        """One forward pass; the result has the order of the batch. Raises only when the device itself is lost."""
+    def run(self, batch: Sequence[Slice], on_groups: OnGroups | None = None) -> list[Sampled]:
+        """One forward pass; the result has the order of the batch. Raises only when the device itself is lost.
+
+        `on_groups` is told of layer groups as they become final, by runners that know; the others never call it.
+        """
         ...
 
     def expert_visits(self) -> tuple[int, ...]:

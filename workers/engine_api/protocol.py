@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from workers.engine_api.types import (
@@ -12,11 +12,15 @@ from workers.engine_api.types import (
     EngineStats,
     ImportTicket,
     KvLayout,
+    LayerProgress,
     ModelIdentity,
     Paused,
     PrefixTicket,
     StepResult,
 )
+
+
+OnLayers = Callable[[tuple[LayerProgress, ...]], None]
 
 
 @runtime_checkable
@@ -49,12 +53,15 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self) -> StepResult:
+    def step(self, on_layers: OnLayers | None = None) -> StepResult:
         """Runs one batch: chunks of waiting prompts and one token for each running sequence, under the token budget.
 
         Never raises for the sake of one sequence (see StepResult.failed). Returns an empty result when nothing can run.
         A Phase.PREFILL sequence that sampled its token (reported with finish=None unless that token ends the request)
         is held, and no longer runs, until `release` or `abort`.
+
+        `on_layers` hears, on this thread while the step computes, how far the Phase.PREFILL chunks of the batch are; `pin`
+        may be called from it and nothing else. An engine may never call it, but not before the layers are final.
         """
         ...
 
@@ -99,7 +106,7 @@ class Engine(Protocol):
     def export_kv(self, block_id: int, group: int) -> memoryview:
         """The bytes of one layer group of a pinned block, without a copy where the device allows it.
 
-        Only valid for blocks that PrefillProgress reported as computed. Length is `layout.group_bytes(group)`.
+        Only valid for what PrefillProgress or LayerProgress reported as final. Length is `layout.group_bytes(group)`.
         """
         ...
 

@@ -116,6 +116,21 @@ class Paused:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerProgress:
+    """Told during a step: of the rows below `computed_tokens` the first `groups` layer groups are final, and may be exported.
+
+    `computed_tokens` is what PrefillProgress says of the whole step when it is over; rows of earlier steps are final in
+    all groups. When it equals `total_tokens` this holds for the rows of a partly filled last block too.
+    """
+
+    request_id: str
+    epoch: int
+    computed_tokens: int
+    total_tokens: int
+    groups: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The engine gave up on one sequence and freed what it held; its batch mates are unaffected.
 

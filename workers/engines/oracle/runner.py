@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from workers.batching.runner import Sampled, Slice
+from workers.batching.runner import OnGroups, Sampled, Slice
 from workers.engine_api.clock import Clock, SystemClock
 from workers.engine_api.types import KvLayout, ModelIdentity
 from workers.engines.oracle.model import OracleModel, Words, chain_steps, draw, kv_rows, read_layers
@@ -19,7 +19,7 @@ class OracleRunner:
 
     The pool is `[num_blocks, layers, block_tokens, row_bytes]`. The chain of a sequence is continued from the row before
     the slice as it lies in the pool, and every draw reads all rows through the block table: there is no state besides
-    the bytes. A step lasts `prefill rows / prefill_tokens_per_s` plus `decode_step_s` if anything decodes, on `clock`;
+    the bytes. Layer groups become final evenly over a step. A step lasts `prefill rows / prefill_tokens_per_s` plus `decode_step_s` if anything decodes, on `clock`;
     zero means no cost.
     """
 
@@ -57,7 +57,7 @@ class OracleRunner:
     def num_blocks(self) -> int:
         return len(self._pool)
 
-    def run(self, batch: Sequence[Slice]) -> list[Sampled]:
+    def run(self, batch: Sequence[Slice], on_groups: OnGroups | None = None) -> list[Sampled]:
         started_s = self._clock.now_s()
         single = [work for work in batch if work.count == 1]
         if single:
@@ -66,7 +66,12 @@ class OracleRunner:
             if work.count > 1:
                 self._write_rows(work)
         drawn = [self._sample(work) if work.sample else _NO_TOKEN for work in batch]
-        self._charge(batch, started_s)
+        cost_s = self._cost_s(batch)
+        if on_groups is not None:
+            for group in range(self._layout.num_groups):
+                self._wait_until_s(started_s + cost_s * group / self._layout.num_groups, cost_s)
+                on_groups(group + 1)
+        self._wait_until_s(started_s + cost_s, cost_s)
         return drawn
 
     def expert_visits(self) -> tuple[int, ...]:
@@ -119,13 +124,17 @@ class OracleRunner:
         fold = read_layers(layers[:, : rows * self.model.words])
         return Sampled(draw(self.model.key, fold, work.sampling, work.output_index))
 
-    def _charge(self, batch: Sequence[Slice], started_s: float) -> None:
-        """Waits until the step has lasted as long as it costs; what the arithmetic took counts."""
+    def _cost_s(self, batch: Sequence[Slice]) -> float:
         if not self._prefill_tokens_per_s and not self._decode_step_s:
-            return
+            return 0.0
         # A slice decodes when it feeds back one sampled token and nothing of the prompt.
         decodes = sum(work.count == 1 and work.start >= work.num_prompt_tokens for work in batch)
         cost_s = self._decode_step_s if decodes else 0.0
         if self._prefill_tokens_per_s:
             cost_s += (sum(work.count for work in batch) - decodes) / self._prefill_tokens_per_s
-        self._clock.wait_s(started_s + cost_s - self._clock.now_s())
+        return cost_s
+
+    def _wait_until_s(self, at_s: float, cost_s: float) -> None:
+        """Waits until the step has lasted as long as it costs; what the arithmetic took counts."""
+        if cost_s:
+            self._clock.wait_s(at_s - self._clock.now_s())

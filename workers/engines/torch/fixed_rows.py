@@ -28,6 +28,8 @@ ROWS = 16  # of one pass: enough to share the reading of weights, few enough tha
 class FixedRowSteps:
     """Implements Steps: passes of ROWS rows, in order. The decoder must be loaded for them, see `load_decoder`."""
 
+    is_one_pass = False
+
     def logits(self, decoder: Decoder, slices: Sequence[Slice], cache: KvCache, device: torch.device) -> Tensor:
         """See Steps. Rows of one sequence come in order, so a pass finds the KV rows of those before it."""
         found = []

@@ -93,6 +93,8 @@ class StaticDecode:
 class GraphedSteps:
     """Implements Steps for one decoder and one pool."""
 
+    is_one_pass = True  # prompts run without a graph
+
     def __init__(self) -> None:
         self._eager = EagerSteps()
         self._passes: OrderedDict[Bucket, _Pass] = OrderedDict()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from workers.batching.runner import Sampled, Slice
+from workers.batching.runner import OnGroups, Sampled, Slice
 from workers.engine_api.types import KvLayout, ModelIdentity
 from workers.engines.torch.distributed_ranks import DistributedRanks, listening_socket
 from workers.engines.torch.kv_shares import RowShare
@@ -121,9 +121,10 @@ class GroupRunner:
         """Blocks of the pool, on every rank."""
         return self._inner.num_blocks
 
-    def run(self, batch: Sequence[Slice]) -> list[Sampled]:
+    def run(self, batch: Sequence[Slice], on_groups: OnGroups | None = None) -> list[Sampled]:
         """See Runner.run. Raises EngineFailure when a rank is lost."""
-        return self._inner.run(batch)
+        # What rank 0 has stored another rank may not have yet.
+        return self._inner.run(batch, on_groups if self._shares[0].parts == 1 else None)
 
     def expert_visits(self) -> tuple[int, ...]:
         """See Runner.expert_visits; every rank routes all rows."""

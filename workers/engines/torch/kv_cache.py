@@ -6,7 +6,7 @@ serves all layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ class KvCache:
         self._block_rows = layout.num_layers * layout.block_tokens
         row_values = layout.row_bytes // dtype.itemsize
         shape = ((num_blocks + 2) * self._block_rows, row_values)
+        self._on_stored: Callable[[int], None] | None = None
         self._bytes: memoryview | None = None
         if device.type == "cpu":
             # The system hands out zero pages one by one, so an unused block costs no memory.
@@ -65,6 +66,16 @@ class KvCache:
     def store(self, layer: int, slots: Tensor, rows: Tensor) -> None:
         """Writes one row for each slot."""
         self._layer(layer).index_copy_(0, slots, rows)
+        self.stored(layer)
+
+    def watch(self, on_stored: Callable[[int], None] | None) -> None:
+        """From here on `on_stored` hears of each layer, on the computing thread, as soon as a pass stored its rows."""
+        self._on_stored = on_stored
+
+    def stored(self, layer: int) -> None:
+        """A pass has written all its rows of this layer. For decoders that write into the pool themselves."""
+        if self._on_stored is not None:
+            self._on_stored(layer)
 
     def load(self, layer: int, blocks: Tensor) -> Tensor:
         """A copy of all rows of these blocks, [len(blocks), block_tokens, row]; the rows of one sequence if it is a table."""

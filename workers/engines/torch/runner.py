@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from workers.batching.runner import Sampled, Slice
+from workers.batching.runner import OnGroups, Sampled, Slice
 from workers.engine_api.types import KvLayout, ModelIdentity
 from workers.engines.torch.config import DecoderConfig
 from workers.engines.torch.kv_cache import KvCache
@@ -63,7 +63,7 @@ class TorchRunner:
         """Blocks of the pool."""
         return self._cache.num_blocks
 
-    def run(self, batch: Sequence[Slice]) -> list[Sampled]:
+    def run(self, batch: Sequence[Slice], on_groups: OnGroups | None = None) -> list[Sampled]:
         """See Runner.run. A slice that cannot be computed fails alone."""
         results = [Sampled(None, self._refusal(piece)) for piece in batch]
         live = [index for index, result in enumerate(results) if result.error is None]
@@ -73,7 +73,7 @@ class TorchRunner:
         if self.before_forward is not None:
             self.before_forward(pieces)
         with torch.inference_mode():
-            logits = self._steps.logits(self._decoder, pieces, self._cache, self._device)
+            logits = self._logits(pieces, on_groups)
             drawn = [index for index in live if batch[index].sample]
             if drawn:
                 tokens = self._sampler.sample(logits, [batch[index] for index in drawn])
@@ -96,6 +96,21 @@ class TorchRunner:
     def close(self) -> None:
         """Frees the pool. Idempotent."""
         self._cache.close()
+
+    def _logits(self, pieces: Sequence[Slice], on_groups: OnGroups | None) -> torch.Tensor:
+        if on_groups is None or not self._steps.is_one_pass:
+            return self._steps.logits(self._decoder, pieces, self._cache, self._device)
+        tell, layout = on_groups, self.layout
+
+        def stored(layer: int) -> None:
+            if (layer + 1) % layout.layers_per_group == 0 or layer + 1 == layout.num_layers:
+                tell(layer // layout.layers_per_group + 1)
+
+        self._cache.watch(stored)
+        try:
+            return self._steps.logits(self._decoder, pieces, self._cache, self._device)
+        finally:
+            self._cache.watch(None)
 
     def _refusal(self, piece: Slice) -> str | None:
         end = piece.start + piece.count

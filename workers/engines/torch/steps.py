@@ -17,6 +17,11 @@ from workers.engines.torch.models.decoder import Decoder
 class Steps(Protocol):
     """Computes steps over one pool; belongs to one thread."""
 
+    @property
+    def is_one_pass(self) -> bool:
+        """True when a layer is stored once in a step, for all its rows."""
+        ...
+
     def logits(self, decoder: Decoder, slices: Sequence[Slice], cache: KvCache, device: torch.device) -> Tensor:
         """Writes the KV rows of the slices; fp32 logits of those that sample, in order, [S, vocabulary].
 
@@ -27,6 +32,8 @@ class Steps(Protocol):
 
 class EagerSteps:
     """All slices in one pass."""
+
+    is_one_pass = True
 
     def logits(self, decoder: Decoder, slices: Sequence[Slice], cache: KvCache, device: torch.device) -> Tensor:
         """See Steps."""

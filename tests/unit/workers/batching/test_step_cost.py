@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tests.contract.driver import a_prompt, a_request
 from workers.batching.paged_engine import EngineLimits, PagedEngine
-from workers.batching.runner import Sampled, Slice
+from workers.batching.runner import OnGroups, Sampled, Slice
 from workers.engines.oracle.model import OracleModel
 from workers.engines.oracle.runner import OracleRunner
 
@@ -20,12 +20,12 @@ class RecordingRunner(OracleRunner):
         self.tables: list[int] = []
         self.kept: list[object] = []  # an id is unique only among living objects
 
-    def run(self, batch: Sequence[Slice]) -> list[Sampled]:
+    def run(self, batch: Sequence[Slice], on_groups: OnGroups | None = None) -> list[Sampled]:
         for work in batch:
             self.tokens.append(id(work.tokens))
             self.tables.append(id(work.block_table))
             self.kept += [work.tokens, work.block_table]
-        return super().run(batch)
+        return super().run(batch, on_groups)
 
 
 def test_tokens_and_tables_are_passed_on_as_they_are() -> None:

@@ -73,6 +73,7 @@ class DenseProgram(Passes):
         place = len(program)
 
         def wide(batch: ForwardBatch, cache: KvCache, rows: int) -> None:
+            cache.stored(layer)
             if batch.decodes is not None:
                 program.run_one(place, batch, cache, batch.decodes.count)
             queries = self._qkv.view(-1, heads + 2 * kv_heads, dim)

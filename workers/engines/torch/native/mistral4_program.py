@@ -145,6 +145,7 @@ class Mistral4Program(Passes):
         place = len(program)
 
         def wide(batch: ForwardBatch, cache: KvCache, rows: int) -> None:
+            cache.stored(index)
             if batch.decodes is not None:
                 program.run_one(place, batch, cache, batch.decodes.count)
             queries, out = self._q.view(-1, heads, dim), self._attended.view(-1, heads, value)
