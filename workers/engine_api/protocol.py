@@ -19,7 +19,6 @@ from workers.engine_api.types import (
     StepResult,
 )
 
-
 OnLayers = Callable[[tuple[LayerProgress, ...]], None]
 
 

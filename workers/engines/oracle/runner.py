@@ -19,8 +19,8 @@ class OracleRunner:
 
     The pool is `[num_blocks, layers, block_tokens, row_bytes]`. The chain of a sequence is continued from the row before
     the slice as it lies in the pool, and every draw reads all rows through the block table: there is no state besides
-    the bytes. Layer groups become final evenly over a step. A step lasts `prefill rows / prefill_tokens_per_s` plus `decode_step_s` if anything decodes, on `clock`;
-    zero means no cost.
+    the bytes. A step lasts `prefill rows / prefill_tokens_per_s` plus `decode_step_s` if anything decodes, on `clock`;
+    zero means no cost. Layer groups become final evenly over that time.
     """
 
     def __init__(

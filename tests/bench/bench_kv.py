@@ -1,0 +1,132 @@
+"""KV between two processes on loopback: this plane, a raw TCP socket, NIXL (UCX over TCP) and Mooncake (TCP), in turns.
+
+    make bench-kv ARGS="--blocks 64,256,1024,4096,16384 --megabytes 512 --rounds 5 --peers nixl,mooncake --quick"
+
+Every transport moves the same bytes from touched memory to touched memory; ours verifies a digest of each layer group, the
+others verify nothing. The clock runs from the first byte to the moment at which the source knows that all have arrived.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from tests.bench.kv import wire
+from tests.bench.kv.peer_envs import ROOT, PeerEnv, PeerMissing, ensure_mooncake, ensure_nixl
+from tests.bench.report import Row, publish, row
+
+OURS, SOCKET = "autan, 1 stream", "raw TCP socket"
+PEERS: dict[str, tuple[str, Callable[[], PeerEnv]]] = {
+    "nixl": ("NIXL, UCX over TCP", ensure_nixl),
+    "mooncake": ("Mooncake, TCP", ensure_mooncake),
+}
+_TIMEOUT_S = 120.0
+
+Measure = Callable[[int, int], dict[str, float]]
+
+
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Exits with code 2 on bad usage."""
+    parser = argparse.ArgumentParser(prog="bench kv", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--blocks", default="64,256,1024,4096,16384", help="block sizes in KiB, multiples of 64")
+    parser.add_argument("--megabytes", type=int, default=512, help="how much each measurement moves")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", default="nixl,mooncake", help="of nixl,mooncake; or none")
+    parser.add_argument("--frame-kib", type=int, default=512, help="our frames")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 128 MB at 64 and 1024 KiB")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rounds, options.megabytes, options.blocks = 2, 128, "64,1024"
+    options.blocks = tuple(int(size) for size in options.blocks.split(","))
+    options.peers = tuple(name for name in options.peers.split(",") if name != "none")
+    if unknown := set(options.peers) - set(PEERS):
+        parser.error(f"--peers {','.join(sorted(unknown))}: not one of {', '.join(PEERS)}")
+    if any(size < 64 or size % 64 for size in options.blocks) or options.rounds < 1 or options.megabytes < 1:
+        parser.error("--blocks are multiples of 64, --rounds and --megabytes positive")
+    return options
+
+
+def pair(script: str, env: PeerEnv) -> Measure:
+    """Measures with one of the scripts beside this file: (block bytes, blocks) -> what it printed."""
+
+    def measure(block_bytes: int, blocks: int) -> dict[str, float]:
+        command = [str(env.python), str(ROOT / "tests" / "bench" / "kv" / script), str(block_bytes), str(blocks)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env={**os.environ, **env.variables}
+        )
+        if done.returncode != 0:
+            raise PeerMissing(f"{script} failed: {done.stderr[-1000:]}")
+        measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return measured
+
+    return measure
+
+
+def transports(options: argparse.Namespace) -> tuple[dict[str, Measure], dict[str, str]]:
+    """What is measured, by name, and the versions of the peers. A peer that cannot be installed is left out, loudly."""
+
+    def ours(block_bytes: int, blocks: int) -> dict[str, float]:
+        return wire.measure(block_bytes // 1024, blocks, options.frame_kib)
+
+    python = PeerEnv(Path(sys.executable), sys.version.partition(" ")[0])
+    found: dict[str, Measure] = {OURS: ours, SOCKET: pair("socket_pair.py", python)}
+    versions = {SOCKET: python.version}
+    for name in options.peers:
+        title, ensure = PEERS[name]
+        try:
+            env = ensure()
+        except PeerMissing as error:
+            print(f"without {title}: {error}", flush=True)
+            continue
+        found[title], versions[title] = pair(f"{name}_pair.py", env), env.version
+    return found, versions
+
+
+def rows_of(case: str, samples: dict[str, list[dict[str, float]]], versions: dict[str, str]) -> list[Row]:
+    """Ours beside each peer, then CPU seconds per GB of all."""
+    speeds = {name: [one["gb_per_s"] for one in taken] for name, taken in samples.items()}
+    ours = row("KV between two processes", case, "GB/s", speeds[OURS])
+    found = []
+    for name, values in speeds.items():
+        if name != OURS:
+            peer = median(values)
+            found.append(
+                replace(ours, peer=name, peer_version=versions[name], peer_value=peer, ratio=ours.ours / peer)
+            )  # fmt: skip
+    for name, taken in samples.items():
+        used = [one["send_cpu_s_per_gb"] + one["receive_cpu_s_per_gb"] for one in taken]
+        found.append(row(f"CPU of both sides, {name}", case, "s/GB", used))
+    return found
+
+
+def main(arguments: Sequence[str] | None = ()) -> None:
+    """Runs the benchmark."""
+    options = options_of(arguments)
+    measures, versions = transports(options)
+    rows: list[Row] = []
+    for size_kib in options.blocks:
+        blocks = max(1, options.megabytes * 1_000_000 // (size_kib * 1024))
+        samples: dict[str, list[dict[str, float]]] = {name: [] for name in measures}
+        for _ in range(options.rounds):
+            for name, measure in measures.items():
+                samples[name].append(measure(size_kib * 1024, blocks))
+        rows += rows_of(f"blocks of {size_kib} KiB", samples, versions)
+    publish(
+        "kv",
+        rows,
+        transfer_mb=options.megabytes,
+        frame_kib=options.frame_kib,
+        integrity="xxh3-128 of each layer group of 512 KiB at most, ours only",
+        order="alternating, medians",
+    )
+
+
+if __name__ == "__main__":
+    main(None)
