@@ -7,18 +7,21 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from configs.schema.network import NetworkConfig
 from protos.wire import kv
 from tests.support.kv_wire import FaultyWire, Mutate, flip, put_wire
 from tests.support.store import FreshStore
-from tests.support.worker_world import WorkerWorld, prompt, until, worker_world
+from tests.support.worker_world import NETWORK, WorkerWorld, prompt, until, worker_world
 
 
-def with_wire(fresh: FreshStore, scenario: Callable[[WorkerWorld, FaultyWire], Awaitable[None]]) -> None:
+def with_wire(
+    fresh: FreshStore, scenario: Callable[[WorkerWorld, FaultyWire], Awaitable[None]], network: NetworkConfig = NETWORK
+) -> None:
     """A prefill and a decode worker with a faulty wire between them."""
 
     async def run() -> None:
         async with worker_world(fresh) as world:
-            await world.start_worker("prefill-0", "prefill")
+            await world.start_worker("prefill-0", "prefill", network=network)
             await world.start_worker("decode-0", "decode")
             wire = await put_wire(world, "decode-0")
             try:
@@ -162,3 +165,37 @@ def test_a_stream_that_ends_without_its_end_frame_is_not_committed(fresh_store: 
         await world.clean()
 
     with_wire(fresh_store, scenario)
+
+
+FOUR_BLOCKS = NETWORK.model_copy(update={"frame_bytes": 4096})  # as many as a chunk computes
+
+
+def test_a_flipped_bit_in_a_later_block_of_a_message_is_sent_again(fresh_store: FreshStore) -> None:
+    def flip_third(frame: kv.PushFrame) -> list[kv.PushFrame]:
+        changed = kv.PushFrame()
+        changed.CopyFrom(frame)
+        part = changed.more[1]
+        part.payload = bytes([part.payload[0] ^ 1]) + part.payload[1:]
+        return [changed]
+
+    async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
+        wire.mutate = once(1, flip_third)
+        got = await world.answered(await send(world))
+        assert wire.opens == 2 and got.timelines[-1].attempts == 0
+        await world.clean()
+
+    with_wire(fresh_store, scenario, FOUR_BLOCKS)
+
+
+def test_a_cut_stream_of_several_blocks_a_message_goes_on_where_it_was(fresh_store: FreshStore) -> None:
+    async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
+        received = world.hosts["decode-0"].parts.counters
+        wire.mutate = once(2, lambda frame: None)
+        wire.before_cut = lambda: until(lambda: received.kv_blocks_received == 8, "two messages of four blocks are there")
+        await world.answered(await send(world))
+        assert (wire.cuts, wire.opens, wire.streams) == (1, 2, 2)
+        # 13 blocks in four messages and the end; the one that was cut travels again.
+        assert wire.frames == 5 + 1
+        await world.clean()
+
+    with_wire(fresh_store, scenario, FOUR_BLOCKS)

@@ -176,6 +176,23 @@ def test_forged_frames_end_the_transfer_and_free_its_blocks(
     run(fresh_store, scenario)
 
 
+def test_forged_further_parts_end_the_transfer_and_free_its_blocks(fresh_store: FreshStore) -> None:
+    async def scenario(forge: Forger) -> None:
+        reply = await forge.open()
+        frame = data(forge, reply.transfer_id, 0, payload=b"\0" * 8, digest=b"")
+        frame.more.add(block_index=0, layer_group=0, offset_bytes=16, payload=b"\0" * 8)
+        assert await forge.push([frame]) == "BAD_FRAME"
+        await until(lambda: forge.d.engine.stats().used_blocks == 0, "the blocks are free")
+        reply = await forge.open()
+        crowd = kv.PushFrame(
+            transfer_id=reply.transfer_id, epoch=forge.epoch, data=kv.BlockFrame(), more=[kv.BlockFrame()] * 5000
+        )
+        assert await forge.push([crowd]) == "INVALID_REQUEST", "more parts than a message may have"
+        await until(lambda: forge.d.engine.stats().used_blocks == 0, "the blocks are free again")
+
+    run(fresh_store, scenario)
+
+
 def test_an_end_without_its_blocks_is_no_end(fresh_store: FreshStore) -> None:
     async def scenario(forge: Forger) -> None:
         reply = await forge.open()
