@@ -18,7 +18,7 @@ from protos.contract.errors import (
 )
 from protos.contract.redis_names import InboxKind
 from protos.wire import common
-from workers.engine_api.types import FinishReason, Phase, PrefillProgress, TokenOut
+from workers.engine_api.types import FinishReason, LayerProgress, Phase, PrefillProgress, TokenOut
 from workers.kv_transfer.receiver import Receiver
 from workers.kv_transfer.sender import Ending, HandoffResult
 from workers.service.arrivals import Arrivals
@@ -190,6 +190,8 @@ class Coordinator:
     def on_step(self, event: StepEvent) -> None:
         """Tokens, progress and failures of one step; everything for the ingresses leaves at its end."""
         parts, now_s = self._parts, time.monotonic()
+        for stored in event.stored:
+            self._send_blocks(stored, event)
         for progress in event.result.progress:
             self._on_progress(progress, event, now_s)
         for token in event.result.tokens:
@@ -209,8 +211,13 @@ class Coordinator:
             return
         assignment.progress_s = now_s
         assignment.chunks, assignment.cached_tokens = progress.chunks, progress.cached_tokens
+        self._send_blocks(progress, event)
+
+    def _send_blocks(self, progress: PrefillProgress | LayerProgress, event: StepEvent) -> None:
+        """The full blocks of the computed rows may go to the peer."""
+        assignment = self._parts.assignments.get(progress.request_id, progress.epoch)
         blocks = event.blocks.get((progress.request_id, progress.epoch))
-        if blocks is not None:
+        if assignment is not None and blocks is not None:
             self._parts.handoffs.blocks_ready(assignment, progress.computed_tokens, blocks)
 
     def _on_token(self, token: TokenOut, event: StepEvent, now_s: float) -> None:

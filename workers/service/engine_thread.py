@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from protos.contract.errors import EngineFailure, StaleEpoch
 from workers.engine_api.protocol import Engine
-from workers.engine_api.types import EngineRequest, KvLayout, StepResult
+from workers.engine_api.types import EngineRequest, KvLayout, LayerProgress, StepResult
 from workers.service.failpoints import Failpoints
 
 logger = logging.getLogger(__name__)
@@ -33,10 +34,15 @@ _STOP_POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
-    """One step as the event loop hears of it; `blocks` are the pinned block ids of the sequences to hand over."""
+    """One step as the event loop hears of it; `blocks` are the pinned block ids of the sequences to hand over.
+
+    An event with `stored` comes before that of its step: the chunks there are final in all layers, while the last layer still
+    attends.
+    """
 
     result: StepResult
     blocks: dict[RequestKey, tuple[int, ...]] = field(default_factory=dict)
+    stored: tuple[LayerProgress, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +199,7 @@ class EngineThread:
             return
         self._busy_since_s = time.monotonic()
         if engine.has_work():
-            result = engine.step()
+            result = engine.step(partial(self._on_layers, engine) if self._handing_over else None)
             event = StepEvent(result, self._pin(engine, result))
             if self._make_room():
                 self._tell(self._see, event)
@@ -217,6 +223,15 @@ class EngineThread:
         else:
             self._tell(_succeed, command.future, value)
         return True
+
+    def _on_layers(self, engine: Engine, reports: tuple[LayerProgress, ...]) -> None:
+        """Full blocks of a chunk may go as soon as its last layer is stored, which is well before its step ends."""
+        stored = tuple(report for report in reports if report.groups == engine.layout.num_groups)
+        blocks: dict[RequestKey, tuple[int, ...]] = {}
+        for report in stored:
+            self._pin_one(engine, (report.request_id, report.epoch), blocks)
+        if blocks:
+            self._tell(self._on_step, StepEvent(StepResult(), blocks, stored))
 
     def _pin(self, engine: Engine, result: StepResult) -> dict[RequestKey, tuple[int, ...]]:
         blocks: dict[RequestKey, tuple[int, ...]] = {}
