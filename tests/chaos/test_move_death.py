@@ -1,4 +1,4 @@
-"""kill -9 of the source or the target at each stage of a move: right tokens once each, no block left, back within lease + 2 s."""
+"""kill -9 of the source or the target at each stage of a move: right tokens once each, no block left, back in time."""
 
 from __future__ import annotations
 
