@@ -57,11 +57,13 @@ class MemoryPool:
         future.set_result(fn(self))
         return future
 
-    def import_begin(self, request: EngineRequest, num_tokens: int) -> ImportTicket:
+    def import_begin(self, request: EngineRequest, num_tokens: int, ahead_tokens: int = 0) -> ImportTicket:
         ids = tuple(range(self._blocks))
         return ImportTicket(request_id=request.request_id, epoch=request.epoch, block_ids=ids, reused_blocks=0)
 
-    def import_commit(self, request_id: str, epoch: int, next_token_ids: tuple[int, ...]) -> None: ...
+    def import_commit(
+        self, request_id: str, epoch: int, next_token_ids: tuple[int, ...], num_tokens: int | None = None
+    ) -> None: ...
 
     def import_abort(self, request_id: str, epoch: int) -> bool:
         return True
