@@ -10,7 +10,7 @@ from orchestrator.policy.migration import Move, RunningRequest, may_receive, pla
 from orchestrator.store.client import LIST_LIMIT, Store
 from orchestrator.store.replies import LiveRequest, Migration
 from orchestrator.store.views import cluster_view
-from protos.contract.capability import Grant
+from protos.contract.capability import Grant, expiry_ms
 from protos.contract.errors import InvalidRequest, NoInstance, OutOfBlocks, UnknownRequest
 from protos.contract.redis_names import Code, is_name
 
@@ -113,7 +113,7 @@ def _grant(request: LiveRequest, source: InstanceView, target: InstanceView) -> 
         target_incarnation=target.incarnation,
         blocks=blocks,
         kv_bytes=blocks * able.block_bytes,
-        expires_at_ms=request.deadline_ms,
+        expires_at_ms=expiry_ms(request.deadline_ms),
     )
 
 

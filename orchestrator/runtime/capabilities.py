@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator.control.effects import Assignment
-from protos.contract.capability import Grant, Keyring
+from protos.contract.capability import Grant, Keyring, expiry_ms
 from protos.wire import kv
 
 Sign = Callable[[Assignment], bytes]
@@ -18,7 +18,7 @@ def unsigned(item: Assignment) -> bytes:
 
 
 def signer(keys: Callable[[], Keyring]) -> Sign:
-    """Signs with the first of the keys as they are at that moment. The grant ends with the request's deadline."""
+    """Signs with the first of the keys as they are at that moment. The grant ends soon after the request's deadline."""
 
     def sign(item: Assignment) -> bytes:
         if item.prefill == item.decode:
@@ -32,7 +32,7 @@ def signer(keys: Callable[[], Keyring]) -> Sign:
             target_incarnation=item.decode_incarnation,
             blocks=item.prefill_blocks,
             kv_bytes=item.prefill_blocks * item.block_bytes,
-            expires_at_ms=item.deadline_ms,
+            expires_at_ms=expiry_ms(item.deadline_ms),
         )
         capability = kv.Capability(mac=keys().sign(grant), expires_at_ms=grant.expires_at_ms)
         return capability.SerializeToString(deterministic=True)

@@ -20,9 +20,19 @@ from protos.contract.errors import ConfigError, Unauthenticated
 
 KEY_BYTES = 32
 MAX_KEYS = 8
+GRACE_MS = 10_000  # by which a capability outlives the request's deadline
 _ID_BYTES = 4
 _MAC_BYTES = _ID_BYTES + hashlib.sha256().digest_size
 _CONTEXT = b"autan hand-off capability 1"
+
+
+def expiry_ms(deadline_ms: int) -> int:
+    """When the capabilities of a request with this deadline expire, Redis time.
+
+    Later than the deadline itself: a request that runs out of time ends as EXPIRED by whoever watches its deadline, and
+    a hand-off under way at that moment must not be mistaken for a forged one.
+    """
+    return deadline_ms + GRACE_MS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from orchestrator.domain.ids import Epoch, Incarnation, InstanceId, RequestId
 from orchestrator.ingress.moving import Mover
 from orchestrator.runtime.capabilities import move_signer, signer
 from orchestrator.store.replies import Placement
-from protos.contract.capability import Grant, KeyFile, make_key_file, rotate_key_file
+from protos.contract.capability import GRACE_MS, Grant, KeyFile, make_key_file, rotate_key_file
 from protos.contract.redis_names import Code
 from protos.rpc import error_of, kv_pb2_grpc, open_channel
 from protos.wire import kv
@@ -98,7 +98,7 @@ def corrupted(capability: bytes) -> bytes:
     [
         ({"change": corrupted}, "is not for this request"),
         ({"change": lambda capability: b""}, "no capability came along"),
-        ({"valid_ms": -1}, "the capability expired"),
+        ({"valid_ms": -1 - GRACE_MS}, "the capability expired"),
     ],
 )
 def test_a_hand_off_without_a_valid_capability_moves_nothing(
