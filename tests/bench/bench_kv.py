@@ -1,6 +1,10 @@
-"""KV between two processes on loopback: this plane, a raw TCP socket, NIXL (UCX over TCP) and Mooncake (TCP), in turns.
+"""The KV plane. Two parts, each in files of its own (`--parts transport,handoff`):
 
-    make bench-kv ARGS="--blocks 64,256,1024,4096,16384 --megabytes 512 --rounds 5 --peers nixl,mooncake --quick"
+    make bench-kv ARGS="--parts transport --blocks 64,256,1024,4096,16384 --megabytes 512 --rounds 5 --peers nixl,mooncake"
+    make bench-kv ARGS="--parts handoff --models smollm2,tiny4 --prompts 1024,8192,32768 --rounds 5 --json"
+
+Transport: KV between two processes on loopback: this plane, a raw TCP socket, NIXL (UCX over TCP) and Mooncake (TCP), in turns.
+Hand-off: requests on the torch engine beside the same ones without a hand-off; see tests/bench/kv/handoff.py.
 
 Every transport moves the same bytes from touched memory to touched memory; ours verifies a digest of each layer group, the
 others verify nothing. The clock runs from the first byte to the moment at which the source knows that all have arrived.
@@ -18,9 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from tests.bench.kv import wire
+from tests.bench.kv import handoff, wire
 from tests.bench.kv.peer_envs import ROOT, PeerEnv, PeerMissing, ensure_mooncake, ensure_nixl
-from tests.bench.report import Row, publish, row
+from tests.bench.report import OUT, Row, publish, row
 
 OURS, SOCKET = "autan, 1 stream", "raw TCP socket"
 PEERS: dict[str, tuple[str, Callable[[], PeerEnv]]] = {
@@ -35,15 +39,26 @@ Measure = Callable[[int, int], dict[str, float]]
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Exits with code 2 on bad usage."""
     parser = argparse.ArgumentParser(prog="bench kv", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--parts", default="transport,handoff", help="of transport,handoff")
+    parser.add_argument("--models", default=",".join(handoff.MODELS), help="of the hand-offs")
+    parser.add_argument("--prompts", default="1024,8192,32768", help="of the hand-offs: tokens")
+    parser.add_argument("--chunk", type=int, default=512, help="of the hand-offs: tokens of a prefill step")
+    parser.add_argument("--json", action="store_true", help="print the files too")
     parser.add_argument("--blocks", default="64,256,1024,4096,16384", help="block sizes in KiB, multiples of 64")
     parser.add_argument("--megabytes", type=int, default=512, help="how much each measurement moves")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", default="nixl,mooncake", help="of nixl,mooncake; or none")
     parser.add_argument("--frame-kib", type=int, default=512, help="our frames")
-    parser.add_argument("--quick", action="store_true", help="2 rounds of 128 MB at 64 and 1024 KiB")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 128 MB at 64 and 1024 KiB, and of prompts of 1024")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.rounds, options.megabytes, options.blocks = 2, 128, "64,1024"
+        options.rounds, options.megabytes, options.blocks, options.prompts = 2, 128, "64,1024", "1024"
+    options.parts, options.models = options.parts.split(","), options.models.split(",")
+    options.prompts = tuple(int(tokens) for tokens in options.prompts.split(","))
+    if set(options.parts) - {"transport", "handoff"} or set(options.models) - set(handoff.MODELS):
+        parser.error("--parts are of transport,handoff and --models of " + ",".join(handoff.MODELS))
+    if min(options.prompts) < 64:
+        parser.error("--prompts are of 64 tokens at least")
     options.blocks = tuple(int(size) for size in options.blocks.split(","))
     options.peers = tuple(name for name in options.peers.split(",") if name != "none")
     if unknown := set(options.peers) - set(PEERS):
@@ -106,9 +121,8 @@ def rows_of(case: str, samples: dict[str, list[dict[str, float]]], versions: dic
     return found
 
 
-def main(arguments: Sequence[str] | None = ()) -> None:
-    """Runs the benchmark."""
-    options = options_of(arguments)
+def transport_part(options: argparse.Namespace) -> None:
+    """Every block size, all transports in turns; writes `kv.json`."""
     measures, versions = transports(options)
     rows: list[Row] = []
     for size_kib in options.blocks:
@@ -126,6 +140,36 @@ def main(arguments: Sequence[str] | None = ()) -> None:
         integrity="xxh3-128 of each layer group of 512 KiB at most, ours only",
         order="alternating, medians",
     )
+
+
+def handoff_part(options: argparse.Namespace) -> None:
+    """Every model and prompt size that its positions allow; writes `kv-handoff.json`."""
+    rows: list[Row] = []
+    for model in options.models:
+        for tokens in options.prompts:
+            if handoff.fits(model, tokens):
+                rows += handoff.measure(model, tokens - handoff.SHORT_BY, options.chunk, options.rounds)
+            else:
+                print(f"without {model} at {tokens} tokens: it has too few positions", flush=True)
+    publish(
+        "kv-handoff",
+        rows,
+        workers="1 prefill + 1 decode beside 1 combined, one compute thread each; ingress, core and client in one process",
+        chunk_tokens=options.chunk,
+        dtype="bfloat16",
+        order="alternating, medians",
+    )
+
+
+def main(arguments: Sequence[str] | None = ()) -> None:
+    """Runs the benchmark."""
+    options = options_of(arguments)
+    parts = {"transport": (transport_part, "kv.json"), "handoff": (handoff_part, "kv-handoff.json")}
+    for name in options.parts:
+        run, file = parts[name]
+        run(options)
+        if options.json:
+            print((OUT / file).read_text(), end="")
 
 
 if __name__ == "__main__":

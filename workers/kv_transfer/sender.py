@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -34,6 +34,7 @@ from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.digest import DigestScope
 from workers.kv_transfer.frames import Batch, split
 from workers.kv_transfer.lifecycle import Lifecycle, SendState, sending
+from workers.kv_transfer.measures import Measures
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.push_codec import encode_data, encode_other
 from workers.kv_transfer.push_stream import PushStream, stream_error
@@ -115,15 +116,6 @@ class SendContext:
     on_progress: Callable[[str, int], None] = lambda request_id, epoch: None
 
 
-@dataclass(slots=True)
-class _Measures:
-    blocks: int = 0
-    reused: int = 0
-    bytes: int = 0
-    busy_s: float = 0.0
-    seen: set[int] = field(default_factory=set)
-
-
 def _stub(channel: grpc.aio.Channel) -> Any:
     make: Any = kv_pb2_grpc.KvTransferStub
     return make(channel)
@@ -152,7 +144,7 @@ class Handoff:
         self._ending: Ending | None = None
         self._wake = asyncio.Event()
         self._transfer_id = ""
-        self._measures = _Measures()
+        self._measures = Measures()
         self._next_block = 0
 
     @property
@@ -294,7 +286,7 @@ class Handoff:
                 continue
             started_s = time.monotonic()
             await self._push_block(stream, self._next_block, batch)
-            self._measures.busy_s += time.monotonic() - started_s
+            self._measures.spent(started_s, time.monotonic())
             self._next_block += 1
 
     async def _push_block(self, stream: PushStream, index: int, batch: Batch) -> None:
@@ -342,6 +334,7 @@ class Handoff:
             timeline.handoff_reused_blocks = self._measures.reused
             timeline.handoff_bytes = self._measures.bytes
             timeline.handoff_s = self._measures.busy_s
+            timeline.handoff_hidden_s = self._measures.busy_before_s(ending.prefill_ended_s)
         end = kv.EndFrame(
             num_tokens=self.job.num_tokens if ending.num_tokens is None else ending.num_tokens,
             next_token_ids=pack_tokens(ending.next_token_ids),

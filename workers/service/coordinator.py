@@ -260,7 +260,7 @@ class Coordinator:
             next_logprobs=(packed_logprobs(token),) if token.logprobs else (),
             first_output_index=token.index,
             timeline=timeline,
-            prefill_ended_s=now_s,
+            prefill_ended_s=event.ended_s,
         )
         parts.handoffs.end(assignment, ending, event.blocks.get((token.request_id, token.epoch), ()))
 

@@ -37,12 +37,13 @@ class StepEvent:
     """One step as the event loop hears of it; `blocks` are the pinned block ids of the sequences to hand over.
 
     An event with `stored` comes before that of its step: the chunks there are final in all layers, while the last layer still
-    attends.
+    attends. `ended_s` is monotonic time: when the engine was done with the step.
     """
 
     result: StepResult
     blocks: dict[RequestKey, tuple[int, ...]] = field(default_factory=dict)
     stored: tuple[LayerProgress, ...] = ()
+    ended_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,8 @@ class EngineThread:
         self._busy_since_s = time.monotonic()
         if engine.has_work():
             result = engine.step(partial(self._on_layers, engine) if self._handing_over else None)
-            event = StepEvent(result, self._pin(engine, result))
+            ended_s = time.monotonic()
+            event = StepEvent(result, self._pin(engine, result), ended_s=ended_s)
             if self._make_room():
                 self._tell(self._see, event)
         else:

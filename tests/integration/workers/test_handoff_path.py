@@ -43,7 +43,9 @@ def test_blocks_travel_while_later_chunks_compute(fresh_store: FreshStore) -> No
             assert p.engine.stats().prefill_tokens < 384, "the prefill is over already"
             assert d.engine.stats().running == 0
             got = await world.answered(request)
-            assert got.timelines[-1].handoff_exposed_s < got.timelines[-1].prefill_s / 2
+            timeline = got.timelines[-1]
+            assert timeline.handoff_exposed_s < timeline.prefill_s / 2
+            assert 0 < timeline.handoff_hidden_s <= timeline.handoff_s
             await world.clean()
 
     asyncio.run(scenario())

@@ -242,7 +242,7 @@ class InstanceStats(_message.Message):
     def __init__(self, total_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., holding: _Optional[int] = ..., importing: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_chunks: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_blocks_sent: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_blocks_received: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., handoffs_committed: _Optional[int] = ..., handoffs_failed: _Optional[int] = ..., stale_refused: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., unacked_tokens: _Optional[int] = ..., expert_visits: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Timeline(_message.Message):
-    __slots__ = ("queue_s", "prefill_s", "prefill_chunks", "cached_tokens", "handoff_blocks", "handoff_reused_blocks", "handoff_bytes", "handoff_s", "handoff_exposed_s", "prefill_instance", "decode_instance", "attempts", "ttft_s", "migrations", "migration_pause_s")
+    __slots__ = ("queue_s", "prefill_s", "prefill_chunks", "cached_tokens", "handoff_blocks", "handoff_reused_blocks", "handoff_bytes", "handoff_s", "handoff_exposed_s", "prefill_instance", "decode_instance", "attempts", "ttft_s", "migrations", "migration_pause_s", "handoff_hidden_s")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_CHUNKS_FIELD_NUMBER: _ClassVar[int]
@@ -258,6 +258,7 @@ class Timeline(_message.Message):
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
     MIGRATION_PAUSE_S_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_s: float
     prefill_chunks: int
@@ -273,4 +274,5 @@ class Timeline(_message.Message):
     ttft_s: float
     migrations: int
     migration_pause_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., prefill_chunks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., handoff_blocks: _Optional[int] = ..., handoff_reused_blocks: _Optional[int] = ..., handoff_bytes: _Optional[int] = ..., handoff_s: _Optional[float] = ..., handoff_exposed_s: _Optional[float] = ..., prefill_instance: _Optional[str] = ..., decode_instance: _Optional[str] = ..., attempts: _Optional[int] = ..., ttft_s: _Optional[float] = ..., migrations: _Optional[int] = ..., migration_pause_s: _Optional[float] = ...) -> None: ...
+    handoff_hidden_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., prefill_chunks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., handoff_blocks: _Optional[int] = ..., handoff_reused_blocks: _Optional[int] = ..., handoff_bytes: _Optional[int] = ..., handoff_s: _Optional[float] = ..., handoff_exposed_s: _Optional[float] = ..., prefill_instance: _Optional[str] = ..., decode_instance: _Optional[str] = ..., attempts: _Optional[int] = ..., ttft_s: _Optional[float] = ..., migrations: _Optional[int] = ..., migration_pause_s: _Optional[float] = ..., handoff_hidden_s: _Optional[float] = ...) -> None: ...
