@@ -30,6 +30,7 @@ DEATHS = [
     pytest.param("decode-0", "handoff.mid_push#3", id="source-while-it-copies"),
     pytest.param("decode-0", "handoff.before_end#1", id="source-paused"),
     pytest.param("decode-1", "import.before_commit#1", id="target-before-the-commit"),
+    pytest.param("decode-1", "import.in_engine#1", id="target-before-redis-agrees"),
     pytest.param("decode-1", "decode.token#200", id="target-after-it-took-over"),
 ]
 

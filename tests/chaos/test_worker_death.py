@@ -39,6 +39,7 @@ DEATHS = [
     pytest.param("prefill-0", "handoff.before_end#1", id="prefill-before-the-end-frame"),
     pytest.param("prefill-0", "handoff.after_commit#1", id="prefill-after-the-hand-off"),
     pytest.param("decode-0", "import.before_commit#1", id="decode-before-the-commit"),
+    pytest.param("decode-0", "import.in_engine#1", id="decode-before-redis-agrees"),
     pytest.param("decode-0", "decode.token#1", id="decode-at-token-1"),
     pytest.param("decode-0", "decode.token#5", id="decode-at-token-5"),
     pytest.param("decode-0", "decode.token#20", id="decode-at-token-20"),

@@ -46,7 +46,7 @@ class ReceiverHooks(Protocol):
         ...
 
     def arrived(self, sequence: Arrived) -> None:
-        """Redis has this instance as the holder; the engine hears of it next."""
+        """Redis has this instance as the holder. The engine may have sampled tokens behind those of the sequence already."""
         ...
 
     def ended(self, request_id: str, epoch: int, error: AutanError) -> None:

@@ -24,13 +24,13 @@ from protos.contract.errors import (
     PeerUnavailable,
     StaleEpoch,
 )
-from protos.wire import common, error_to_wire, fingerprint_key, kv
+from protos.wire import error_to_wire, fingerprint_key, kv
 from workers.kv_transfer.authority import Authority, StoreClock
 from workers.kv_transfer.claims import Addressee, Expectation, check_addressee, check_end, check_expected
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.digest import DigestScope
 from workers.kv_transfer.frames import Reassembly
-from workers.kv_transfer.hooks import Arrived, ReceiveLimits, ReceiverHooks
+from workers.kv_transfer.hooks import ReceiveLimits, ReceiverHooks
 from workers.kv_transfer.ledger import Entry, Ledger
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.port import EnginePort
@@ -314,28 +314,14 @@ class Receiver:
         started_s = time.monotonic()
         try:
             await self._reach("import.before_commit")
+            # The engine begins while Redis is asked; what it samples waits for the answer and is dropped with a refusal.
+            starting = self._start(transfer, end, tokens)
+            await self._reach("import.in_engine")
             await self._hooks.commit(request_id, epoch)
             if transfer.ended_by is not None:
                 raise transfer.ended_by
-            timeline = common.Timeline()
-            timeline.CopyFrom(end.timeline)
-            exposed_s = max(0.0, end.since_prefill_s) + time.monotonic() - started_s
-            if transfer.expected.is_move:
-                timeline.migrations += 1
-                timeline.migration_pause_s += exposed_s
-            else:
-                timeline.handoff_exposed_s = exposed_s
-            self._hooks.arrived(
-                Arrived(
-                    request_id=request_id,
-                    epoch=epoch,
-                    next_token_ids=tokens,
-                    first_output_index=end.first_output_index,
-                    timeline=timeline,
-                    next_logprobs=tuple(end.next_logprobs),
-                )
-            )
-            await self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens, end.num_tokens))
+            self._hooks.arrived(transfer.arrival(end, tokens, time.monotonic() - started_s))
+            await starting
             if transfer.ended_by is not None:
                 raise transfer.ended_by
         except AutanError as error:
@@ -352,6 +338,13 @@ class Receiver:
         transfer.touched_s = time.monotonic()
         return kv.Commit(epoch=epoch, blocks=transfer.num_blocks)
 
+    def _start(self, transfer: Transfer, end: kv.EndFrame, tokens: tuple[int, ...]) -> asyncio.Future[None]:
+        request_id, epoch, rows = transfer.request_id, transfer.epoch, end.num_tokens
+        transfer.in_engine = True
+        starting = self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens, rows))
+        starting.add_done_callback(lambda done: done.cancelled() or done.exception())  # a refused commit asks no more
+        return starting
+
     # -- the end without a commit ---------------------------------------------------------------------------------------
 
     async def _abort(self, transfer: Transfer, error: AutanError) -> None:
@@ -367,8 +360,10 @@ class Receiver:
         transfer.lifecycle.move(ReceiveState.ABORTED)
         transfer.ended_by = error
         transfer.wake()
-        request_id, epoch = transfer.request_id, transfer.epoch
-        dropped = self._port.call(lambda engine: engine.import_abort(request_id, epoch))
+        request_id, epoch, decodes = transfer.request_id, transfer.epoch, transfer.in_engine
+        dropped = self._port.call(
+            lambda engine: engine.import_abort(request_id, epoch) or (decodes and engine.abort(request_id, epoch))
+        )
         task = self._spawn(self._returned(transfer, dropped))
         self._returning[request_id] = task
         self._hooks.ended(request_id, epoch, error)

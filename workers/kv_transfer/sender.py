@@ -158,14 +158,17 @@ class Handoff:
         return len(self._ready) - self._next_block
 
     def blocks_ready(self, computed_tokens: int, block_ids: tuple[int, ...]) -> None:
-        """The first `computed_tokens` rows are final, in pinned `block_ids`: their full blocks may go.
+        """The first `computed_tokens` rows are final, in pinned `block_ids`: their full blocks may go, and when these are
+        all rows of a prefill the partial one too.
 
         A sequence that was preempted comes again in other blocks; those that were reported before stay pinned and good.
         """
-        self._extend(computed_tokens // self._context.port.layout.block_tokens, block_ids)
+        is_all = self.job.source_epoch is None and computed_tokens >= self.job.num_tokens
+        full = computed_tokens // self._context.port.layout.block_tokens
+        self._extend(self.num_blocks if is_all else full, block_ids)
 
     def end(self, ending: Ending, block_ids: tuple[int, ...]) -> None:
-        """All rows are final: the rest may go, the last partial block included, and then the end frame."""
+        """All rows are final: what is left of them may go, and then the end frame."""
         self._ending = ending
         rows = self.job.num_tokens if ending.num_tokens is None else ending.num_tokens
         self._extend(-(-rows // self._context.port.layout.block_tokens), block_ids)

@@ -7,10 +7,11 @@ import secrets
 from dataclasses import dataclass, field
 
 from protos.contract.errors import AutanError, BadFrame
-from protos.wire import kv
+from protos.wire import common, kv
 from workers.engine_api.types import ImportTicket
 from workers.kv_transfer.claims import Expectation
 from workers.kv_transfer.frames import Reassembly
+from workers.kv_transfer.hooks import Arrived
 from workers.kv_transfer.ledger import Key, Side
 from workers.kv_transfer.lifecycle import Lifecycle, ReceiveState, receiving
 
@@ -33,6 +34,7 @@ class Transfer:
     waiting: asyncio.Timeout | None = None
     ended_by: AutanError | None = None
     committing: asyncio.Task[kv.Commit] | None = None
+    in_engine: bool = False  # the engine was told to decode it
 
     @property
     def request_id(self) -> str:
@@ -53,6 +55,25 @@ class Transfer:
     def num_blocks(self) -> int:
         """Blocks of the whole sequence."""
         return len(self.ticket.block_ids)
+
+    def arrival(self, end: kv.EndFrame, tokens: tuple[int, ...], commit_s: float) -> Arrived:
+        """What is to decode here, its timeline complete: `commit_s` passed since the end frame came."""
+        timeline = common.Timeline()
+        timeline.CopyFrom(end.timeline)
+        exposed_s = max(0.0, end.since_prefill_s) + commit_s
+        if self.expected.is_move:
+            timeline.migrations += 1
+            timeline.migration_pause_s += exposed_s
+        else:
+            timeline.handoff_exposed_s = exposed_s
+        return Arrived(
+            request_id=self.request_id,
+            epoch=self.epoch,
+            next_token_ids=tokens,
+            first_output_index=end.first_output_index,
+            timeline=timeline,
+            next_logprobs=tuple(end.next_logprobs),
+        )
 
     def reset_credit(self) -> int:
         """A fresh window for a fresh stream."""

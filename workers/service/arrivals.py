@@ -31,6 +31,7 @@ class Arrivals:
         outbox: Outbox,
         poll_inbox: Callable[[], None],
         on_failed: Callable[[Assignment, AutanError], None],
+        on_arrived: Callable[[Assignment], None],
         lease_s: float,
         commit_patience_s: float,
     ) -> None:
@@ -41,6 +42,7 @@ class Arrivals:
         self._outbox = outbox
         self._poll_inbox = poll_inbox
         self._on_failed = on_failed
+        self._on_arrived = on_arrived
         self._lease_s = lease_s
         self._commit_patience_s = commit_patience_s
         self._news = asyncio.Condition()
@@ -96,6 +98,7 @@ class Arrivals:
         assignment = self._assignments.get(request_id, epoch)
         if assignment is not None:
             assignment.lifecycle.move(Stage.IMPORTING)
+            assignment.early.clear()  # of an earlier import, which was refused
             assignment.progress_s = time.monotonic()
 
     def arrived(self, sequence: Arrived) -> None:
@@ -112,7 +115,9 @@ class Arrivals:
             logprobs = sequence.next_logprobs[offset] if sequence.next_logprobs else b""
             self._outbox.put(sequence.request_id, sequence.first_output_index + offset, token_id, logprobs)
         self._outbox.describe(sequence.request_id, timeline)
-        self._outbox.flush()
+        self._on_arrived(assignment)
+        if assignment.is_move or self._outbox.end_of(sequence.request_id) > sequence.first_output_index + 1:
+            self._outbox.flush()
 
     def ended(self, request_id: str, epoch: int, error: AutanError) -> None:
         """The sender may open again; a sequence that the engine would not take after the commit has failed."""

@@ -83,15 +83,9 @@ def window_bytes(spec: WorkerSpec) -> int:
 
 def assemble(base: Base) -> Assembly:
     """The parts around a started engine."""
-    spec, me, thread, timing = base.spec, base.me, base.thread, base.spec.timing
+    me, thread, timing = base.me, base.thread, base.spec.timing
     assignments, ledger, counters = Assignments(), Ledger(), TransferCounters()
-    failures = Failures(
-        me=me,
-        store=base.store,
-        max_attempts=spec.scheduling.max_attempts,
-        retain_s=timing.retain_s,
-        patience_s=timing.lease_s,
-    )
+    failures = _failures(base)
 
     def on_finished(request_id: str, epoch: int) -> None:
         coordinator.finished(request_id, epoch)
@@ -100,13 +94,16 @@ def assemble(base: Base) -> Assembly:
         if not assignment.ended:
             coordinator.give_up(assignment, error)
 
+    def on_arrived(assignment: Assignment) -> None:
+        coordinator.arrived(assignment)
+
     def on_moved(assignment: Assignment) -> None:
         coordinator.moved(assignment)
 
     outbox = _outbox(base, on_finished)
     handoffs, context = _handoffs(base, ledger, counters)
     moves = _moves(base, handoffs, context, ledger, outbox, on_moved)
-    arrivals = _arrivals(base, assignments, outbox, on_failed)
+    arrivals = _arrivals(base, assignments, outbox, on_failed, on_arrived)
     receiver = _receiver(base, arrivals, ledger, counters)
     coordinator = Coordinator(
         Parts(
@@ -138,6 +135,17 @@ def assemble(base: Base) -> Assembly:
         coordinator=coordinator,
         audit=_audit(base, assignments, ledger, handoffs, receiver),
         diagnosis=_diagnosis(base),
+    )
+
+
+def _failures(base: Base) -> Failures:
+    spec = base.spec
+    return Failures(
+        me=base.me,
+        store=base.store,
+        max_attempts=spec.scheduling.max_attempts,
+        retain_s=spec.timing.retain_s,
+        patience_s=spec.timing.lease_s,
     )
 
 
@@ -226,7 +234,11 @@ def _moves(
 
 
 def _arrivals(
-    base: Base, assignments: Assignments, outbox: Outbox, on_failed: Callable[[Assignment, AutanError], None]
+    base: Base,
+    assignments: Assignments,
+    outbox: Outbox,
+    on_failed: Callable[[Assignment, AutanError], None],
+    on_arrived: Callable[[Assignment], None],
 ) -> Arrivals:
     engine = base.thread.engine
     fingerprint = fingerprint_of(engine.identity, engine.layout)
@@ -238,6 +250,7 @@ def _arrivals(
         outbox=outbox,
         poll_inbox=base.poll_inbox,
         on_failed=on_failed,
+        on_arrived=on_arrived,
         lease_s=base.spec.timing.lease_s,
         commit_patience_s=base.spec.timing.lease_s,
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from protos.wire import common
-from workers.engine_api.types import EngineRequest
+from workers.engine_api.types import EngineRequest, TokenOut
 from workers.kv_transfer.lifecycle import Lifecycle
 
 _FENCES_KEPT = 4096
@@ -84,6 +84,7 @@ class Assignment:
     cached_tokens: int = 0
     capability: bytes = b""  # of the hand-off to the peer
     timeline: common.Timeline | None = None
+    early: list[TokenOut] = field(default_factory=list)  # sampled here before Redis said that it may decode here
     lifecycle: Lifecycle[Stage] = field(init=False)
 
     def __post_init__(self) -> None:

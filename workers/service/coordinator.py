@@ -18,7 +18,7 @@ from protos.contract.errors import (
 )
 from protos.contract.redis_names import InboxKind
 from protos.wire import common
-from workers.engine_api.types import FinishReason, LayerProgress, Phase, PrefillProgress, TokenOut
+from workers.engine_api.types import FinishReason, LayerProgress, Phase, PrefillProgress, StepResult, TokenOut
 from workers.kv_transfer.receiver import Receiver
 from workers.kv_transfer.sender import Ending, HandoffResult
 from workers.service.arrivals import Arrivals
@@ -226,6 +226,9 @@ class Coordinator:
         if assignment is None:
             return
         assignment.progress_s = now_s
+        if not assignment.holds:
+            assignment.early.append(token)
+            return
         parts.outbox.put(token.request_id, token.index, token.token_id, packed_logprobs(token))
         if assignment.stage is Stage.PREFILLING:
             self._on_first_token(assignment, token, event, now_s)
@@ -233,6 +236,12 @@ class Coordinator:
             parts.moves.on_token(assignment, token, event.blocks.get((token.request_id, token.epoch)))
         if token.finish is not None:
             self._on_last_token(assignment, token.finish)
+
+    def arrived(self, assignment: Assignment) -> None:
+        """Redis agreed that the request decodes here: what the engine sampled meanwhile counts."""
+        early, assignment.early = assignment.early, []
+        for token in early:
+            self._on_token(token, StepEvent(StepResult()), time.monotonic())
 
     def _on_first_token(self, assignment: Assignment, token: TokenOut, event: StepEvent, now_s: float) -> None:
         parts = self._parts

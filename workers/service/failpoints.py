@@ -17,7 +17,8 @@ Without `#n` it fires at every pass. `#n` means the n-th pass, counted from 1; a
     handoff.mid_push             sender, before each layer group of each block
     handoff.before_end           sender, everything sent but the end frame
     handoff.after_commit         sender, after the commit, before the blocks are given back
-    import.before_commit         receiver, everything verified, before Redis
+    import.before_commit         receiver, everything verified, before the engine and Redis hear of it
+    import.in_engine             receiver, the engine decodes, before Redis is asked whether it may
     decode.token                 engine thread, after a step, for each token that is no hand-off's first; index: output index
     emit.before_send             before a batch of tokens goes to an ingress
 """
@@ -43,6 +44,7 @@ POINTS = frozenset(
         "handoff.before_end",
         "handoff.after_commit",
         "import.before_commit",
+        "import.in_engine",
         "decode.token",
         "emit.before_send",
     }

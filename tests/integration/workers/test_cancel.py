@@ -43,6 +43,14 @@ def got(count: int) -> Callable[[WorkerWorld, str], bool]:
     return lambda world, request_id: len(world.ingress.of(request_id).output) >= count
 
 
+def early(count: int) -> Callable[[WorkerWorld, str], bool]:
+    def reached(world: WorkerWorld, request_id: str) -> bool:
+        assignment = world.hosts["decode-0"].parts.assignments.get(request_id)
+        return assignment is not None and len(assignment.early) >= count
+
+    return reached
+
+
 STAGES = {
     "before_the_engine": Where(stage("prefill-0", Stage.PREFILLING), hold("prefill.before_first_chunk"), {}),
     "prefilling": Where(stage("prefill-0", Stage.PREFILLING), {"engine": slow(prefill_tokens_per_s=200)}, {}),
@@ -53,6 +61,7 @@ STAGES = {
     ),
     "before_the_end": Where(sent(13), hold("handoff.before_end"), {}),
     "before_the_commit": Where(sent(13), {}, hold("import.before_commit")),
+    "decoding_before_the_commit": Where(early(2), {}, hold("import.in_engine") | {"engine": slow(0, 0.03)}),
     "after_the_commit": Where(stage("decode-0", Stage.DECODING), hold("handoff.after_commit"), {"engine": slow(0, 0.05)}),
     "decoding": Where(got(4), {}, {"engine": slow(decode_step_s=0.03)}),
 }  # fmt: skip

@@ -111,7 +111,9 @@ def test_a_broken_wire_costs_no_token(fresh_store: FreshStore, fault: str) -> No
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("point", ["handoff.before_open", "handoff.mid_push", "handoff.before_end", "import.before_commit"])
+@pytest.mark.parametrize(
+    "point", ["handoff.before_open", "handoff.mid_push", "handoff.before_end", "import.before_commit", "import.in_engine"]
+)
 def test_cancel_at_every_stage(fresh_store: FreshStore, point: str) -> None:
     async def scenario() -> None:
         async with worker_world(fresh_store) as world:
