@@ -112,6 +112,9 @@ class InstanceView:
     decode_requests: int  # assigned for decode, whether or not their KV is here yet
     decode_blocks: int
     capabilities: Capabilities | None  # None until the card is known
+    moves_in: int = 0  # moves of running requests that are open
+    moves_out: int = 0
+    preemptions: int = 0  # since this incarnation started, as its last heartbeat has it
 
     @property
     def takes_work(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from orchestrator.domain.ids import Epoch, InstanceId, RequestId
 from orchestrator.domain.instance import InstanceView
 from orchestrator.policy.migration import Move, RunningRequest, may_receive, plan_drain
-from orchestrator.store.client import LIST_LIMIT, Store
+from orchestrator.store.client import Store
 from orchestrator.store.replies import LiveRequest, Migration
 from orchestrator.store.views import cluster_view
 from protos.contract.capability import Grant, expiry_ms
@@ -43,8 +43,7 @@ class Mover:
 
         Raises UnknownRequest, NoInstance, InvalidRequest (not of the same fingerprint), OutOfBlocks with the reason.
         """
-        found = (await self._store.requests(LIST_LIMIT)).requests
-        request = next((one for one in found if one.request_id == request_id), None)
+        request = await self._store.request(request_id)
         if request is None:
             raise UnknownRequest(f"request {request_id} does not run; `autan requests` lists what does")
         instances = await self._instances()
@@ -72,7 +71,7 @@ class Mover:
         source = instances.get(instance_id)
         if not on or source is None:
             return []
-        requests = {one.request_id: one for one in (await self._store.requests(LIST_LIMIT)).requests}
+        requests = {one.request_id: one for one in (await self._store.requests_at(instance_id)).requests}
         moves = plan_drain(source, tuple(instances.values()), _running(requests.values()))
         outcomes = await self._begin(moves, requests, instances)
         begun = (Code.OK, Code.DUPLICATE)

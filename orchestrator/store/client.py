@@ -26,6 +26,7 @@ EMIT_BATCH = 256
 LOOK_BATCH = 256
 ASSIGN_BATCH = 64
 LIST_LIMIT = 1000
+NOTE_BYTES = 256
 
 DEFAULT_RETAIN_S = 600.0
 
@@ -239,7 +240,7 @@ class Store:
             arguments: list[Argument] = [leader_id, leader_epoch, max_migrations, len(part)]
             for at in part:
                 arguments += (at.request_id, at.expected_epoch, at.target, at.target_inc, at.blocks)
-                arguments += (at.move_epoch, at.capability)
+                arguments += (at.move_epoch, at.capability, at.why, at.note.encode()[:NOTE_BYTES])
             cursor = await self._call(Fn.MIGRATE, *arguments)
             cursor.leading_code()
             outcomes += [replies.AssignOutcome(cursor.code(), cursor.number()) for _ in part]
@@ -258,10 +259,36 @@ class Store:
         return decode.store_stats(cursor)
 
     async def requests(self, limit: int = 100) -> replies.RequestList:
-        """Live requests, oldest first, at most 1000."""
-        cursor = await self._call(Fn.REQUESTS, min(limit, LIST_LIMIT))
+        """Live requests, oldest first, at most `limit`, read page by page: what comes or ends meanwhile may be in it or not."""
+        return await self._pages("all", "", limit)
+
+    async def requests_at(self, instance_id: str, limit: int = 1_000_000) -> replies.RequestList:
+        """Live requests that the instance takes part in, by id, at most `limit`."""
+        return await self._pages("at", instance_id, limit)
+
+    async def request(self, request_id: str) -> replies.LiveRequest | None:
+        """One live request; none when there is no such one."""
+        found = await self._pages("id", request_id, 1)
+        return found.requests[0] if found.requests else None
+
+    async def _pages(self, which: str, name: str, limit: int) -> replies.RequestList:
+        found: list[replies.LiveRequest] = []
+        now_ms, after_ms, after_id = 0, 0, ""
+        while True:
+            size = max(0, min(limit - len(found), LIST_LIMIT))
+            cursor = await self._call(Fn.REQUESTS, size, which, name, after_ms, after_id)
+            cursor.code()
+            now_ms, page = cursor.number(), cursor.many(decode.live_request)
+            found += page
+            if len(page) < LIST_LIMIT or len(found) >= limit or which == "id":
+                return replies.RequestList(now_ms, tuple(found))
+            after_ms, after_id = page[-1].submitted_ms, page[-1].request_id
+
+    async def moves(self, limit: int = 32) -> replies.MoveLog:
+        """What became of the last moves, newest first, at most 256."""
+        cursor = await self._call(Fn.MOVES, min(limit, 256))
         cursor.code()
-        return replies.RequestList(cursor.number(), cursor.many(decode.live_request))
+        return replies.MoveLog(cursor.number(), cursor.many(decode.move_record))
 
     async def _call(self, function: Fn, *arguments: Argument) -> Cursor:
         with guarded(function):

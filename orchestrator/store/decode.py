@@ -101,6 +101,8 @@ def instance_record(cursor: Cursor) -> replies.InstanceRecord:
         p_blocks=cursor.number(),
         d_requests=cursor.number(),
         d_blocks=cursor.number(),
+        m_in=cursor.number(),
+        m_out=cursor.number(),
         card=cursor.blob(),
         stats=cursor.blob(),
     )
@@ -122,6 +124,23 @@ def live_request(cursor: Cursor) -> replies.LiveRequest:
         max_tokens=cursor.number(),
         deadline_ms=cursor.number(),
         next_epoch=cursor.number(),
+        moves=cursor.number(),
+        move_target=cursor.text(),
+        d_blocks=cursor.number(),
+    )
+
+
+def move_record(cursor: Cursor) -> replies.MoveRecord:
+    """One entry of moves."""
+    return replies.MoveRecord(
+        cursor.number(),
+        cursor.text(),
+        cursor.text(),
+        cursor.number(),
+        cursor.text(),
+        cursor.text(),
+        cursor.text(),
+        cursor.text(),
     )
 
 

@@ -146,6 +146,8 @@ class InstanceRecord:
     p_blocks: int
     d_requests: int
     d_blocks: int
+    m_in: int  # moves to it that are open
+    m_out: int
     card: bytes
     stats: bytes
 
@@ -186,6 +188,8 @@ class Migration:
     blocks: int
     move_epoch: int
     capability: bytes = b""  # of the move, for the source to show
+    why: str = "operator"  # a name
+    note: str = ""  # the figures behind it, for operators; cut after 256 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +234,9 @@ class LiveRequest:
     max_tokens: int
     deadline_ms: int
     next_epoch: int  # that a move, or the next placement, has
+    moves: int  # begun so far
+    move_target: str  # of the move that is open; empty: none is
+    d_blocks: int  # charged where it decodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +245,28 @@ class RequestList:
 
     now_ms: int
     requests: tuple[LiveRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MoveRecord:
+    """One line of the log of moves. `event`: begun, moved or stayed; `why` and `note` as the move was asked for."""
+
+    at_ms: int
+    event: str
+    request_id: str
+    epoch: int
+    source: str
+    target: str
+    why: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class MoveLog:
+    """The last moves, newest first."""
+
+    now_ms: int
+    records: tuple[MoveRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,18 @@ def _instance(record: InstanceRecord) -> InstanceView | None:
         decode_requests=record.d_requests,
         decode_blocks=record.d_blocks,
         capabilities=capabilities(record.card),
+        moves_in=max(0, record.m_in),
+        moves_out=max(0, record.m_out),
+        preemptions=_preemptions(record.stats),
     )
+
+
+@lru_cache(maxsize=4096)
+def _preemptions(stats: bytes) -> int:
+    try:
+        return int(wire.common.InstanceStats.FromString(stats).preemptions)
+    except DecodeError:
+        return 0
 
 
 @lru_cache(maxsize=4096)

@@ -45,6 +45,7 @@ class Fn(StrEnum):
     DRAIN = "autan_drain"
     STATS = "autan_stats"
     REQUESTS = "autan_requests"
+    MOVES = "autan_moves"
 
 
 class Code(StrEnum):

@@ -10,7 +10,7 @@ from tests.support.store import RawStore
 LIVE = {"QUEUED", "ASSIGNED", "PREFILLING", "DECODING"}
 PLACED = LIVE - {"QUEUED"}
 HELD = {"PREFILLING", "DECODING"}
-LOAD = ("p_requests", "p_tokens", "p_blocks", "d_requests", "d_blocks")
+LOAD = ("p_requests", "p_tokens", "p_blocks", "d_requests", "d_blocks", "m_in", "m_out")
 
 
 class Picture:
@@ -28,6 +28,8 @@ class Picture:
         for name, kind in zip(names, meta[::2], strict=True):
             if kind == b"zset":
                 pipe.zrange(name, 0, -1, withscores=True)
+            elif kind == b"list":
+                pipe.lrange(name, 0, -1)
             else:
                 getattr(pipe, reads[kind.decode()])(name)
         self.ttl = {name.removeprefix(prefix): ttl for name, ttl in zip(names, meta[1::2], strict=True)}
@@ -45,6 +47,8 @@ def _decode(value: Any) -> Any:
         return {key.decode(): item.decode("latin-1") for key, item in value.items()}
     if isinstance(value, set):
         return {item.decode() for item in value}
+    if isinstance(value, list) and value and isinstance(value[0], bytes):
+        return [item.decode("latin-1") for item in value]
     if isinstance(value, list):
         return {member.decode(): score for member, score in value}
     return value
@@ -60,7 +64,7 @@ def check_store(raw: RawStore) -> Picture:
     _check_journals(seen, requests, live)
     _check_inboxes(seen)
     known = {"r", "t", "i", "in", "parts", "own", "g"}
-    single = {"ready", "lease", "deadline", "live", "instances", "owners", "sweep", "leader", "counters"}
+    single = {"ready", "lease", "deadline", "live", "instances", "owners", "sweep", "leader", "counters", "moves"}
     strangers = [name for name in seen.keys if name not in single and name.split(":")[0] not in known]
     assert not strangers, strangers
     return seen
@@ -96,6 +100,9 @@ def _check_roles(seen: Picture, live: dict[str, Any]) -> None:
                 load[name][f"{role}_requests"] += 1
                 load[name][f"{role}_blocks"] += int(r[f"{side}_blocks"])
                 load[name]["p_tokens"] += int(r["p_tokens"]) if side == "p" else 0
+                if side == "m":
+                    load[r["m"]]["m_in"] += 1
+                    load[r["d"]]["m_out"] += 1
                 parts[f"{name}|{r[side + '_inc']}"].add(id)
     for name, i in seen.family("i").items():
         charged = {field: int(i.get(field, 0)) for field in LOAD}

@@ -121,7 +121,7 @@ class World:
         at += 11 * queued
         instances = {}
         for i in range(reply[at]):
-            fields = reply[at + 1 + 14 * i : at + 15 + 14 * i]
+            fields = reply[at + 1 + 16 * i : at + 17 + 16 * i]
             instances[fields[0]] = dict(zip(("p_requests", "p_tokens", "p_blocks", "d_requests", "d_blocks"),
                                             map(int, fields[7:12]), strict=True), state=fields[4])  # fmt: skip
         return {"queue": ids, "instances": instances, "total": reply[2]}

@@ -28,6 +28,8 @@
 -- Every function reads and checks everything before its first write: a script is atomic but never rolled back.
 
 local ID_BYTES = 64
+local MOVE_RECORDS = 256          -- lines of the log of moves
+local NOTE_BYTES = 256
 local MAX_BYTES = 16 * 1024 * 1024     -- of one binary argument
 local MAX_INT = 9007199254740991       -- 2^53 - 1: numbers are doubles
 local PICK_BYTES = 8 * 1024 * 1024     -- of specs and journals in one reply of pick

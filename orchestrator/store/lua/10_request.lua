@@ -4,7 +4,7 @@ local FIELDS = {
   'state', 'epoch', 'tenant', 'prompt_tokens', 'max_tokens', 'prio', 'submitted_ms', 'deadline_ms', 'attempts', 'order',
   'p', 'p_inc', 'p_open', 'p_tokens', 'p_blocks', 'd', 'd_inc', 'd_open', 'd_blocks', 'holder', 'holder_inc',
   'ing', 'ing_epoch', 'ing_addr', 'reason', 'known_n',
-  'm', 'm_inc', 'm_open', 'm_epoch', 'm_blocks', 'm_known', 'moves',
+  'm', 'm_inc', 'm_open', 'm_epoch', 'm_blocks', 'm_known', 'm_why', 'moves',
 }
 
 -- The request without its bulky fields (spec, error), or nil.
@@ -109,11 +109,27 @@ local function leave_d(c, r)
   leave_part(c, r, r.d, r.d_inc)
 end
 
+-- A line of the log of moves, newest first; autan_moves reads it.
+local function note_move(c, r, event, note)
+  local line = {text(c.now), event, r.id, r.m_epoch, r.d, r.m, r.m_why, note or ''}
+  redis.call('LPUSH', k(c, 'moves'), table.concat(line, '|'))
+  redis.call('LTRIM', k(c, 'moves'), 0, MOVE_RECORDS - 1)
+end
+
+-- Moves that are open, at both ends.
+local function count_move(c, r, by)
+  redis.call('HINCRBY', k_instance(c, r.d), 'm_out', by)
+  redis.call('HINCRBY', k_instance(c, r.m), 'm_in', by)
+end
+
 -- Ends an open move without a commit: its target finds a REVOKE at the move's epoch.
 local function leave_m(c, r)
   if r.m_open ~= '1' then return end
   push(c, r.m, r.m_inc, 'revoke', r.id, r.m_epoch)
   charge(c, r.m, 'd', -1, text(-tonumber(r.m_blocks)))
+  count_move(c, r, -1)
+  note_move(c, r, 'stayed')
+  count(c, 'migrations_stayed')
   set(c, r, {m_open = '0'})
   leave_part(c, r, r.m, r.m_inc)
 end

@@ -9,6 +9,8 @@
 local function take_over(c, r, d, d_inc, lease_ms)
   if not is_current(c, d, d_inc) or r.m ~= d or r.m_inc ~= d_inc then return stale(c, r.state) end
   if r.state ~= 'DECODING' then return {'STATE', r.state} end
+  count_move(c, r, -1)
+  note_move(c, r, 'moved')
   leave_d(c, r)
   set(c, r, {
     epoch = r.m_epoch, holder = d, holder_inc = d_inc, d = d, d_inc = d_inc, d_open = '1', d_blocks = r.m_blocks, m_open = '0',

@@ -2,11 +2,12 @@
 -- ARGV  -
 -- Reply OK, then flat pairs: queued, live, leased, leader, leader_epoch, leader_expires_ms, now_ms, memory_bytes,
 --       max_memory_bytes, generation, submitted, assigned, requeued, handed_over, done, failed, cancelled, expired, dead,
---       lost, stale_refused, diverged_refused
+--       lost, stale_refused, diverged_refused, migrations_begun, migrated, migrations_stayed
 -- Promise: reads only. Totals count from the creation of the store; generation is its creation in ms.
 local TOTALS = {
   'generation', 'submitted', 'assigned', 'requeued', 'handed_over', 'done', 'failed', 'cancelled', 'expired', 'dead',
   'lost', 'stale_refused', 'diverged_refused',
+  'migrations_begun', 'migrated', 'migrations_stayed',
 }
 
 local function autan_stats(keys, args)

@@ -3,13 +3,13 @@
 -- Reply OK, now_ms, queued_total,
 --       k, k x (id, epoch, prompt_tokens, max_tokens, n, prio, submitted_ms, deadline_ms, tenant, model, attempts),
 --       m, m x (inst, role, addr, incarnation, state, beat_ms, want_drain,
---               p_requests, p_tokens, p_blocks, d_requests, d_blocks, card, stats)
+--               p_requests, p_tokens, p_blocks, d_requests, d_blocks, m_in, m_out (moves that are open), card, stats)
 -- Promise: reads only. Requests come in queue order (class, then submission), instances by name.
 -- p_tokens counts prompt and journaled tokens that are assigned as prefill and not handed over.
 local QUEUE_FIELDS = {'epoch', 'prompt_tokens', 'max_tokens', 'prio', 'submitted_ms', 'deadline_ms', 'tenant', 'model', 'attempts'}
 local INSTANCE_FIELDS = {
   'role', 'addr', 'incarnation', 'state', 'beat_ms', 'want_drain',
-  'p_requests', 'p_tokens', 'p_blocks', 'd_requests', 'd_blocks', 'card', 'stats',
+  'p_requests', 'p_tokens', 'p_blocks', 'd_requests', 'd_blocks', 'm_in', 'm_out', 'card', 'stats',
 }
 
 local function autan_view(keys, args)

@@ -33,13 +33,14 @@ VALID: dict[Fn, Arguments] = {
     Fn.HANDOFF: ["r", 1, "d", 1, LONG_MS],
     Fn.FAIL: ["r", 1, "p", 1, 1, 0, 3, 1000, "oops"],
     Fn.DRAIN: ["p", 1],
-    Fn.MIGRATE: [LEADER, 1, 3, 1, "m", 1, "t", 1, 5, 2, b""],
+    Fn.MIGRATE: [LEADER, 1, 3, 1, "m", 1, "t", 1, 5, 2, b"", "balance", "a note"],
     Fn.STAY: ["m", 2, "d", 1],
     Fn.STATS: [],
-    Fn.REQUESTS: [10],
+    Fn.REQUESTS: [10, "all", "", 0, ""],
+    Fn.MOVES: [10],
 }
 GARBAGE: Arguments = ["", "-1", "1e3", "nan", "99999999999999999999", "{r}:x", b"\xff\0", "x" * 300]
-READ_ONLY = {Fn.LOOK, Fn.ORPHANS, Fn.VIEW, Fn.STATS, Fn.REQUESTS}
+READ_ONLY = {Fn.LOOK, Fn.ORPHANS, Fn.VIEW, Fn.STATS, Fn.REQUESTS, Fn.MOVES}
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def busy(world: World) -> World:
     world.prefilling("r")
     world.queued("q")
     world.decoding("m")
-    assert world.call(Fn.MIGRATE, "", 0, 3, 1, "m", 1, "t", 1, 5, 2, b"")[1:] == ["OK", "2"]
+    assert world.call(Fn.MIGRATE, "", 0, 3, 1, "m", 1, "t", 1, 5, 2, b"", "operator", "")[1:] == ["OK", "2"]
     return world
 
 

@@ -65,11 +65,11 @@ def test_view_is_one_picture(world: World) -> None:
     assert int(fields[7]) - int(fields[6]) == LONG_MS
     assert fields[8:] == ["acme", "m", "0"]
     assert reply[15] == 2
-    d, p = reply[16:30], reply[30:44]
+    d, p = reply[16:32], reply[32:48]
     assert d[:5] == ["d", "combined", "addr:d", "1", "READY"] and d[6] == "1"
-    assert d[7:] == ["0", "0", "0", "1", "3", "card-d", "stats"]
-    assert p[6:] == ["0", "1", "30", "2", "0", "0", "card-p", "stats"]
-    assert len(reply) == 44
+    assert d[7:] == ["0", "0", "0", "1", "3", "0", "0", "card-d", "stats"]
+    assert p[6:] == ["0", "1", "30", "2", "0", "0", "0", "0", "card-p", "stats"]
+    assert len(reply) == 48
     assert world.call(Fn.VIEW, 0)[2:4] == [1, 0]
 
 
@@ -169,8 +169,8 @@ def test_reap_requeues_lapsed_leases_and_counts_only_held_ones(world: World) -> 
 
 def requests(world: World) -> list[list[str]]:
     """The entries of autan_requests."""
-    reply = world.call(Fn.REQUESTS, 1000)
-    return [reply[3 + 13 * i : 16 + 13 * i] for i in range(reply[2])]
+    reply = world.call(Fn.REQUESTS, 1000, "all", "", 0, "")
+    return [reply[3 + 16 * i : 19 + 16 * i] for i in range(reply[2])]
 
 
 def test_a_lease_of_no_time_lapses_at_once(world: World) -> None:
@@ -313,7 +313,7 @@ def test_requests_lists_live_ones_oldest_first(world: World) -> None:
     old, new = requests(world)
     assert old[:8] == ["old", "acme", "DECODING", "1", "10", 1, "p", "d"]
     assert new[:8] == ["new", "acme", "QUEUED", "0", "10", 0, "", ""]
-    assert world.call(Fn.REQUESTS, 1)[2:4] == [1, "old"]
+    assert world.call(Fn.REQUESTS, 1, "all", "", 0, "")[2:4] == [1, "old"]
 
 
 def test_the_death_of_the_holder_counts_whoever_else_died(world: World) -> None:

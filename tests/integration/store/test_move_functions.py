@@ -20,7 +20,7 @@ def decoding(world: World) -> World:
 
 
 def migrate(world: World, target: str = "t", epoch: int = 1, inc: int = 1, most: int = 3, new: int = 2) -> list[Any]:
-    return world.call(Fn.MIGRATE, "", 0, most, 1, "r", epoch, target, inc, 5, new, b"signed")[1:]
+    return world.call(Fn.MIGRATE, "", 0, most, 1, "r", epoch, target, inc, 5, new, b"signed", "balance", "a|b")[1:]
 
 
 def stay(world: World, epoch: int = 2, instance: str = "d") -> list[Any]:
@@ -82,7 +82,7 @@ def test_what_may_not_move(decoding: World) -> None:
     assert migrate(w) == ["STALE", "0"]
     w.call(Fn.DRAIN, "t", 0)
     assert w.call(Fn.MIGRATE, LEADER, w.leader_epoch + 1, 3, 0) == ["NOT_LEADER"]
-    assert w.call(Fn.MIGRATE, "", 0, 3, 1, "gone", 1, "t", 1, 5, 2, b"")[1:] == ["GONE", "0"]
+    assert w.call(Fn.MIGRATE, "", 0, 3, 1, "gone", 1, "t", 1, 5, 2, b"", "operator", "")[1:] == ["GONE", "0"]
     for epoch in (2, 3, 4):
         assert migrate(w, new=epoch) == ["OK", str(epoch)]
         assert stay(w, epoch)[0] == "OK"

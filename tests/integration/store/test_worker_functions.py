@@ -34,7 +34,10 @@ def test_a_new_incarnation_fences_the_old_one_and_its_work_is_queued_again(world
     assert world.fail("held", 1, "d", 1) == ["STALE"]
     assert world.told("d", 2) == [], "the inbox starts empty"
     assert world.reap()[0] == {"held": "QUEUED", "expected": "QUEUED"}
-    assert [entry[9] for entry in sorted(world.call(Fn.REQUESTS, 9)[i : i + 13] for i in (3, 16))] == ["0", "1"]
+    assert [entry[9] for entry in sorted(world.call(Fn.REQUESTS, 9, "all", "", 0, "")[i : i + 16] for i in (3, 19))] == [
+        "0",
+        "1",
+    ]
     assert world.told("d", 2) == [], "nothing of the old incarnation reaches the new one"
     assert world.assign("held", "p", "d", epoch=1, d_inc=2) == ["OK", "2"]
 
