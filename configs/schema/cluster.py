@@ -62,6 +62,21 @@ class TimingConfig(Section):
         return self
 
 
+class RebalanceConfig(Section):
+    """When running requests move between decode instances by themselves; instances that drain are emptied in any case.
+
+    A reason must hold for `settle_s`: a difference of `gap` of the pool in free KV blocks, a request that waits for blocks
+    which the instances have only together, an instance that preempts. What has fewer than `min_left_tokens` to go stays.
+    """
+
+    enabled: bool = True
+    gap: Annotated[float, Field(gt=0, le=1)] = 0.25
+    settle_s: Annotated[float, Field(ge=0, le=3600)] = 1.0
+    cool_down_s: Annotated[float, Field(ge=0, le=3600)] = 5.0
+    max_moves_per_instance: Annotated[int, Field(ge=1, le=64)] = 4
+    min_left_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 64
+
+
 class SchedulingConfig(Section):
     """Bounds of the queue and of retries."""
 
@@ -70,6 +85,7 @@ class SchedulingConfig(Section):
     max_migrations: Annotated[int, Field(ge=0, le=100)] = 3
     batch_requests: Annotated[int, Field(ge=1, le=64)] = 32
     local_prefill_without_prefill_pool: bool = True
+    rebalance: RebalanceConfig = RebalanceConfig()
 
 
 class ClusterConfig(Section):

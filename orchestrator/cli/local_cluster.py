@@ -115,7 +115,7 @@ class LocalCluster:
         sign_move = move_signer(lambda: key_file.keys)
         await self._start_ingress(load_served_model(config.model.name, card, self.model_dir), node_address, sign_move)
         sign = signer(lambda: key_file.keys)
-        self.core = CoreLoop(self.store, settings_of(config), f"core-{secrets.token_hex(4)}", sign=sign)
+        self.core = CoreLoop(self.store, settings_of(config), f"core-{secrets.token_hex(4)}", sign=sign, sign_move=sign_move)
         self._run("core", self.core.run())
         self.fleet = Fleet(
             config,

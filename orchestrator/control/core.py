@@ -19,12 +19,15 @@ from enum import StrEnum
 
 from orchestrator.control import effects as do
 from orchestrator.control import events as on
+from orchestrator.control.balancer import Balancer
 from orchestrator.control.effects import Effect
 from orchestrator.control.events import Event
 from orchestrator.control.inventory import Inventory
 from orchestrator.control.settings import CoreSettings
-from orchestrator.control.turn import Patience, TurnPlan, plan_turn
-from orchestrator.domain.ids import LeaderEpoch, RequestId
+from orchestrator.control.turn import Hold, Patience, TurnPlan, plan_turn
+from orchestrator.domain.ids import InstanceId, LeaderEpoch, RequestId
+from orchestrator.domain.view import ClusterView
+from orchestrator.policy.load import Load
 from orchestrator.policy.placement import WaitReason
 from protos.contract.redis_names import Code
 
@@ -75,6 +78,8 @@ class OrchestratorCore:
         self._view_at_s = now_s - settings.view_idle_s
         self._batch_number = 0
         self._inventory = Inventory()
+        self._balancer = Balancer(settings.rebalance)
+        self._view: ClusterView | None = None
         self._patience = Patience()
         self._explained: dict[RequestId, WaitReason] = {}
         self._wake_at_s: float | None = None
@@ -112,6 +117,11 @@ class OrchestratorCore:
                 return self._on_view(event, now_s)
             case on.AssignReplied():
                 self._on_assign_replied(event)
+            case on.RunningRead():
+                return self._on_running(event, now_s)
+            case on.MigrateReplied():
+                self._balancer.on_replied(event, self._view_number + 1)
+                self._wants_view = True
             case on.Reaped():
                 self._on_reaped(event, now_s)
             case on.LeadershipGained() | on.LeadershipKept() | on.LeadershipDenied():
@@ -133,13 +143,30 @@ class OrchestratorCore:
         self._is_reading = False
         self._watch_store_clock(event.view.now_ms, now_s)
         self._inventory.observe(event.number)
+        self._balancer.observe(event.number)
+        self._view = event.view
         self._queued_total = event.view.queued_total
         if not self._epoch or now_s >= self._lease_until_s:
             return []
-        plan = plan_turn(event.view, self._inventory, self._settings, self._patience, now_s)
+        plan = plan_turn(event.view, self._inventory, self._settings, self._patience, now_s, self._balancer.charged)
         self._patience = plan.patience
         self._someone_waits = bool(plan.waits)
-        return [*self._explain(plan), *self._assign(plan)]
+        effects = [*self._explain(plan), *self._assign(plan)]
+        return [*effects, *self._balancer.on_view(event.view, self._loads(event.view), plan.waits, now_s)]
+
+    def _on_running(self, event: on.RunningRead, now_s: float) -> list[Effect]:
+        if self._view is None or not self._epoch or now_s >= self._lease_until_s:
+            return []
+        moves = self._balancer.on_running(event, self._loads(self._view), self._epoch, now_s)
+        room = self._balancer.made_room
+        if moves and room is not None and self._patience.hold is None:
+            # What leaves makes room for one request only: nobody else may take it.
+            hold = Hold(room[0].request_id, room[0].priority, frozenset({room[1]}))
+            self._patience = Patience(self._patience.passed_since_s, hold)
+        return list(moves)
+
+    def _loads(self, view: ClusterView) -> dict[InstanceId, Load]:
+        return self._balancer.charged(self._inventory.loads(view, int(self._settings.suspect_s * 1000)))
 
     def _assign(self, plan: TurnPlan) -> list[Effect]:
         batches: dict[str, list[tuple[do.Assignment, int]]] = {}
@@ -202,6 +229,7 @@ class OrchestratorCore:
         self._is_reading = self._is_reaping = self._is_asking = False
         self._lead_at_s = now_s + self._backoff_s
         self._inventory.give_up_waiting(self._view_number + 1)
+        self._balancer.give_up_waiting(self._view_number + 1)
 
     def _on_store_back(self, now_s: float) -> None:
         self._store_up = True
@@ -225,6 +253,7 @@ class OrchestratorCore:
 
     def _forget_decisions(self) -> None:
         self._inventory.clear()
+        self._balancer = Balancer(self._settings.rebalance)
         self._patience = Patience()
         self._explained = {}
         self._wants_view = True

@@ -52,6 +52,43 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadRunning:
+    """Read what decodes on these instances. Answer: RunningRead with the same number."""
+
+    number: int
+    instances: tuple[InstanceId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """One running request for another instance. Refused by the store unless the request still has `expected_epoch`."""
+
+    request_id: RequestId
+    expected_epoch: Epoch
+    move_epoch: Epoch
+    source: InstanceId
+    source_incarnation: Incarnation
+    target: InstanceId
+    target_incarnation: Incarnation
+    blocks: int  # charged at the target
+    most_blocks: int  # that it may ever fill
+    block_bytes: int
+    deadline_ms: int
+    why: str
+    note: str  # the figures behind it, for operators
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """Begin these moves. Answer: MigrateReplied with the same number, or LeadershipLost."""
+
+    number: int
+    epoch: LeaderEpoch
+    max_migrations: int
+    items: tuple[Moved, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Reap:
     """Requeue what is overdue and end what is late. Answer: Reaped, or LeadershipLost."""
 
@@ -77,4 +114,4 @@ class Explain:
     reason: WaitReason
 
 
-Effect = Lead | ReadView | Assign | Reap | WakeAt | Explain
+Effect = Lead | ReadView | Assign | ReadRunning | Migrate | Reap | WakeAt | Explain

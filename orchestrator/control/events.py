@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from orchestrator.domain.ids import Epoch, InstanceId, LeaderEpoch, RequestId
 from orchestrator.domain.request import RequestState
 from orchestrator.domain.view import ClusterView
+from orchestrator.policy.migration import RunningRequest
 from protos.contract.redis_names import Code
 
 
@@ -40,6 +41,22 @@ class AssignOutcome:
 @dataclass(frozen=True, slots=True)
 class AssignReplied:
     """The answer to Assign of that number, in the order of its items."""
+
+    number: int
+    outcomes: tuple[AssignOutcome, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRead:
+    """The answer to ReadRunning of that number."""
+
+    number: int
+    requests: tuple[RunningRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateReplied:
+    """The answer to Migrate of that number, in the order of its items; the epochs are those of the moves."""
 
     number: int
     outcomes: tuple[AssignOutcome, ...]
@@ -113,6 +130,8 @@ Event = (
     | Hinted
     | ViewRead
     | AssignReplied
+    | RunningRead
+    | MigrateReplied
     | Reaped
     | LeadershipGained
     | LeadershipKept

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from orchestrator.policy.placement import PlacementRules
+from orchestrator.policy.rebalance import RebalanceRules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,6 +13,7 @@ class CoreSettings:
     """Times in seconds. Defaults follow the cluster file's."""
 
     rules: PlacementRules = field(default_factory=PlacementRules)
+    rebalance: RebalanceRules = field(default_factory=RebalanceRules)
     leader_lease_s: float = 3.0
     lease_s: float = 3.0  # of a request; also how long the store must have been reachable before leases are reaped
     lost_s: float = 3.0  # an instance without a sign of life for this long is LOST

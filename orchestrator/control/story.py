@@ -89,6 +89,18 @@ def _lines(what: Event | Effect | Viewed, subject: str) -> list[str]:
             return [f"{request_id} waits: {reason}"]
         case do.Assign():
             return [_assigned(what, item) for item in what.items if subject in (item.request_id, item.prefill, item.decode)]
+        case do.Migrate():
+            return [
+                f"{item.request_id} moves from {item.source} to {item.target}: {item.why}, {item.note}"
+                for item in what.items
+                if subject in (item.request_id, item.source, item.target)
+            ]
+        case on.MigrateReplied():
+            return [
+                f"{outcome.request_id} move {what.number}: {outcome.code}, epoch {outcome.epoch}"
+                for outcome in what.outcomes
+                if outcome.request_id == subject
+            ]
         case on.AssignReplied():
             return [
                 f"{outcome.request_id} assignment {what.number}: {outcome.code}, epoch {outcome.epoch}"

@@ -7,7 +7,7 @@ of its class or a lower one is placed there before it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.control.board import Board
@@ -17,6 +17,7 @@ from orchestrator.control.settings import CoreSettings
 from orchestrator.domain.ids import InstanceId, RequestId
 from orchestrator.domain.view import ClusterView, QueuedRequest
 from orchestrator.policy.admission import has_decode_room, has_prefill_room
+from orchestrator.policy.load import Load
 from orchestrator.policy.placement import NOBODY, Placement, WaitReason, place, shortest_wait
 
 _MAX_REFUSALS = 8
@@ -60,10 +61,10 @@ class _Refusal:
 class _Turn:
     """The scratch pad of one turn."""
 
-    def __init__(self, view: ClusterView, inventory: Inventory, settings: CoreSettings, patience: Patience) -> None:
+    def __init__(self, view: ClusterView, settings: CoreSettings, patience: Patience, loads: Mapping[InstanceId, Load]) -> None:
         self.view = view
         self.settings = settings
-        self.loads = inventory.loads(view, int(settings.suspect_s * 1000))
+        self.loads = loads
         self.hold = patience.hold
         self.assignments: list[tuple[Assignment, int]] = []
         self.waits: dict[RequestId, WaitReason] = {}
@@ -144,11 +145,21 @@ class _Turn:
             refusals.append(_Refusal(request.prefill_tokens, request.prompt_tokens + request.max_tokens, reason))
 
 
-def plan_turn(view: ClusterView, inventory: Inventory, settings: CoreSettings, patience: Patience, now_s: float) -> TurnPlan:
-    """Decides for every request of the view that is not under way. Neither argument is changed."""
+def plan_turn(
+    view: ClusterView,
+    inventory: Inventory,
+    settings: CoreSettings,
+    patience: Patience,
+    now_s: float,
+    charged: Callable[[Mapping[InstanceId, Load]], Mapping[InstanceId, Load]] = dict,
+) -> TurnPlan:
+    """Decides for every request of the view that is not under way. No argument is changed.
+
+    `charged` adds to the loads what else is promised to the instances.
+    """
     waiting = [request for request in view.queued if request.request_id not in inventory]
     present = {request.request_id for request in waiting}
-    turn = _Turn(view, inventory, settings, patience)
+    turn = _Turn(view, settings, patience, charged(inventory.loads(view, int(settings.suspect_s * 1000))))
     if turn.hold is not None and (turn.hold.request_id not in present or not turn.hold.instances <= turn.loads.keys()):
         turn.hold = None
     passed = {key: since for key, since in patience.passed_since_s.items() if key in present}

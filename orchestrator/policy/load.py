@@ -46,6 +46,17 @@ class Load:
             reserved_blocks=self.reserved_blocks + blocks,
         )
 
+    def without_decode(self, blocks: int) -> Load:
+        """The load after one request left it."""
+        return Load(
+            instance=self.instance,
+            capabilities=self.capabilities,
+            prefill_requests=self.prefill_requests,
+            prefill_tokens=self.prefill_tokens,
+            decode_requests=max(0, self.decode_requests - 1),
+            reserved_blocks=max(0, self.reserved_blocks - blocks),
+        )
+
 
 def load_of(instance: InstanceView) -> Load:
     """The load that the view shows. Raises AssertionError for an instance whose card is not known."""

@@ -11,12 +11,21 @@ from orchestrator.domain.instance import DECODE_ROLES, InstanceView
 
 @dataclass(frozen=True, slots=True)
 class RunningRequest:
-    """One request that decodes. `tokens`: prompt and output so far."""
+    """One request that decodes. `tokens`: prompt and output so far; `blocks`: reserved where it decodes."""
 
     request_id: RequestId
     epoch: Epoch
     instance: InstanceId
     tokens: int
+    left_tokens: int = 0  # that it may still produce
+    blocks: int = 0
+    moves: int = 0  # begun so far
+    is_moving: bool = False
+    fingerprint: str = ""  # of the instance
+    incarnation: Incarnation | None = None  # of the instance
+    next_epoch: Epoch | None = None  # that a move has
+    most_tokens: int = 0  # prompt and output at its longest
+    deadline_ms: int = 0  # on the clock of Redis
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,17 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator.control.effects import Assignment
+from orchestrator.control.effects import Assignment, Moved
 from protos.contract.capability import Grant, Keyring, expiry_ms
 from protos.wire import kv
 
 Sign = Callable[[Assignment], bytes]
+SignMove = Callable[[Grant], bytes]
 
 
 def unsigned(item: Assignment) -> bytes:
     """No capability: for workers that have no keys."""
     del item
     return b""
+
+
+def unsigned_move(grant: Grant) -> bytes:
+    """No capability: for workers that have no keys."""
+    del grant
+    return b""
+
+
+def move_grant(item: Moved) -> Grant:
+    """As many blocks as the request may ever fill: nobody knows how far it gets until it pauses."""
+    return Grant(
+        request_id=item.request_id,
+        epoch=item.move_epoch,
+        source_instance=item.source,
+        source_incarnation=item.source_incarnation,
+        target_instance=item.target,
+        target_incarnation=item.target_incarnation,
+        blocks=item.most_blocks,
+        kv_bytes=item.most_blocks * item.block_bytes,
+        expires_at_ms=expiry_ms(item.deadline_ms),
+    )
 
 
 def signer(keys: Callable[[], Keyring]) -> Sign:

@@ -23,7 +23,8 @@ from orchestrator.control.settings import CoreSettings
 from orchestrator.control.story import Recorder, story
 from orchestrator.domain.clock import Clock, SystemClock
 from orchestrator.policy.placement import PlacementRules
-from orchestrator.runtime.capabilities import Sign, unsigned
+from orchestrator.policy.rebalance import RebalanceRules
+from orchestrator.runtime.capabilities import Sign, SignMove, unsigned, unsigned_move
 from orchestrator.runtime.effects import carry_out
 from orchestrator.store.client import Store
 from protos.contract.redis_names import core_channel
@@ -39,6 +40,7 @@ def settings_of(config: ClusterConfig) -> CoreSettings:
     timing, scheduling = config.timing, config.scheduling
     return CoreSettings(
         rules=PlacementRules(local_prefill=scheduling.local_prefill_without_prefill_pool),
+        rebalance=RebalanceRules(**scheduling.rebalance.model_dump(), max_migrations=scheduling.max_migrations),
         leader_lease_s=timing.leader_lease_s,
         lease_s=timing.lease_s,
         lost_s=timing.lease_s,
@@ -63,10 +65,12 @@ class CoreLoop:
         clock: Clock | None = None,
         recorder: Recorder | None = None,
         sign: Sign = unsigned,
+        sign_move: SignMove = unsigned_move,
     ) -> None:
         self._store = store
         self._candidate_id = candidate_id
         self._sign = sign
+        self._sign_move = sign_move
         self._clock = clock or SystemClock()
         self._core = OrchestratorCore(settings, self._clock.now_s())
         self._recorder = recorder or Recorder()
@@ -134,7 +138,7 @@ class CoreLoop:
 
     async def _carry_out(self, effect: Effect) -> None:
         async with self._calls:
-            event = await carry_out(effect, self._store, self._candidate_id, self._sign)
+            event = await carry_out(effect, self._store, self._candidate_id, self._sign, self._sign_move)
         is_away = isinstance(event, on.StoreLost)
         if self._is_store_away and not is_away:
             self._events.append(on.StoreBack())

@@ -17,6 +17,7 @@ from orchestrator.domain.ids import Epoch, Incarnation, InstanceId, LeaderEpoch,
 from orchestrator.domain.instance import Capabilities, InstanceState, InstanceView, Role
 from orchestrator.domain.request import HELD_STATES, RequestState
 from orchestrator.domain.view import ClusterView, QueuedRequest
+from orchestrator.policy.migration import RunningRequest
 from protos.contract.redis_names import Code
 
 STORE_EPOCH_MS = 1_800_000_000_000
@@ -116,6 +117,7 @@ class _Held:
     state: RequestState = RequestState.QUEUED
     assignment: do.Assignment | None = None
     prefill_open: bool = False
+    moves: int = 0
 
 
 @dataclass
@@ -227,6 +229,14 @@ class CoreWorld:
                 return on.LeadershipLost(effect.epoch)
             case do.Assign():
                 return on.AssignReplied(effect.number, tuple(self._assign(item) for item in effect.items))
+            case do.ReadRunning():
+                return on.RunningRead(effect.number, tuple(self._running(effect.instances)))
+            case do.Migrate() if effect.epoch != self.leader[1] or self.leader[0] != "us":
+                return on.LeadershipLost(effect.epoch)
+            case do.Migrate():
+                return on.MigrateReplied(
+                    effect.number, tuple(self._migrate(item, effect.max_migrations) for item in effect.items)
+                )
             case do.Reap() if effect.epoch != self.leader[1] or self.leader[0] != "us":
                 return on.LeadershipLost(effect.epoch)
             case do.Reap():
@@ -268,6 +278,37 @@ class CoreWorld:
         self._charge_prefill(held, item, 1)
         self._charge_decode(item, 1)
         return on.AssignOutcome(item.request_id, Code.OK, held.request.epoch)
+
+    def _running(self, names: Sequence[InstanceId]) -> list[RunningRequest]:
+        return [
+            RunningRequest(
+                held.request.request_id, held.request.epoch, held.assignment.decode,
+                held.request.prompt_tokens + held.request.output_tokens,
+                left_tokens=held.request.max_tokens - held.request.output_tokens, blocks=held.assignment.decode_blocks,
+                moves=held.moves, next_epoch=Epoch(held.request.epoch + 1),
+                most_tokens=held.request.prompt_tokens + held.request.max_tokens, deadline_ms=held.request.deadline_ms,
+            )
+            for held in self.requests.values()
+            if held.state is RequestState.DECODING and held.assignment is not None and held.assignment.decode in names
+        ]  # fmt: skip
+
+    def _migrate(self, item: do.Moved, most: int) -> on.AssignOutcome:
+        """A move that is over at once."""
+        held, target = self.requests[item.request_id], self.instances[item.target]
+        if held.request.epoch != item.expected_epoch or not target.takes_work or target.incarnation != item.target_incarnation:
+            return on.AssignOutcome(item.request_id, Code.STALE, Epoch(0))
+        if held.state is not RequestState.DECODING or held.assignment is None or held.assignment.decode == item.target:
+            return on.AssignOutcome(item.request_id, Code.STATE, Epoch(0))
+        if held.moves >= most:
+            return on.AssignOutcome(item.request_id, Code.FULL, Epoch(0))
+        self._charge_decode(held.assignment, -1)
+        held.moves += 1
+        held.request = replace(held.request, epoch=item.move_epoch)
+        held.assignment = replace(
+            held.assignment, decode=item.target, decode_incarnation=item.target_incarnation, decode_blocks=item.blocks
+        )
+        self._charge_decode(held.assignment, 1)
+        return on.AssignOutcome(item.request_id, Code.OK, item.move_epoch)
 
     def _reap(self, effect: do.Reap) -> on.Reaped:
         lost = []
