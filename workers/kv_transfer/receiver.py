@@ -314,16 +314,14 @@ class Receiver:
         started_s = time.monotonic()
         try:
             await self._reach("import.before_commit")
-            # The engine begins while Redis is asked; what it samples waits for the answer and is dropped with a refusal.
-            starting = self._start(transfer, end, tokens)
+            # The engine computes while Redis is asked; what it samples waits for the answer and is dropped with a refusal.
+            transfer.in_engine = True
+            await self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens, end.num_tokens))
             await self._reach("import.in_engine")
             await self._hooks.commit(request_id, epoch)
             if transfer.ended_by is not None:
                 raise transfer.ended_by
             self._hooks.arrived(transfer.arrival(end, tokens, time.monotonic() - started_s))
-            await starting
-            if transfer.ended_by is not None:
-                raise transfer.ended_by
         except AutanError as error:
             await self._abort(transfer, error)
             raise
@@ -337,13 +335,6 @@ class Receiver:
         self._ledger.release(transfer.key)
         transfer.touched_s = time.monotonic()
         return kv.Commit(epoch=epoch, blocks=transfer.num_blocks)
-
-    def _start(self, transfer: Transfer, end: kv.EndFrame, tokens: tuple[int, ...]) -> asyncio.Future[None]:
-        request_id, epoch, rows = transfer.request_id, transfer.epoch, end.num_tokens
-        transfer.in_engine = True
-        starting = self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens, rows))
-        starting.add_done_callback(lambda done: done.cancelled() or done.exception())  # a refused commit asks no more
-        return starting
 
     # -- the end without a commit ---------------------------------------------------------------------------------------
 
