@@ -33,6 +33,8 @@ def instance_json(one: admin.InstanceStatus) -> dict[str, Any]:
         "ranks": one.card.ranks,
         "heartbeat_age_s": round(one.heartbeat_age_s, 3),
         "assigned_requests": one.assigned_requests,
+        "moves_in": one.moves_in,
+        "moves_out": one.moves_out,
         "kv_blocks": {
             "total": one.stats.total_blocks,
             "used": one.stats.used_blocks,
@@ -45,6 +47,20 @@ def instance_json(one: admin.InstanceStatus) -> dict[str, Any]:
         "expert_visits": list(one.stats.expert_visits),
         "apart_from": one.apart_from or None,
         "differing": list(one.differing),
+    }
+
+
+def move_json(one: admin.MoveRecord) -> dict[str, Any]:
+    """One line of the log of moves as `--json` prints it."""
+    return {
+        "age_s": round(one.age_s, 3),
+        "event": one.event,
+        "request_id": one.request_id,
+        "epoch": one.epoch,
+        "source": one.source,
+        "target": one.target,
+        "why": one.why,
+        "note": one.note,
     }
 
 
@@ -70,6 +86,12 @@ def status_json(reply: admin.StatusReply) -> dict[str, Any]:
             "cancelled": reply.cancelled,
         },
         "instances": [instance_json(one) for one in reply.instances],
+        "moves": {
+            "begun": reply.moves_begun,
+            "done": reply.moves_done,
+            "stayed": reply.moves_stayed,
+            "log": [move_json(one) for one in reply.moves],
+        },
         "ingress": {name: int(value) for name, value in MessageToDict(reply).get("counters", {}).items()},
     }
 
@@ -97,6 +119,12 @@ def status(cluster: Cluster = None, timeout: Timeout = 10.0, as_json: Json = Fal
             for one in reply.instances
         ],
     )  # fmt: skip
+    if reply.moves_begun:
+        last = next((one for one in reply.moves if one.event == "begun"), None)
+        why = f"; the last: {last.request_id} from {last.source} to {last.target}, {last.why}: {last.note}" if last else ""
+        stdout.print(
+            f"moves: {reply.moves_begun} begun, {reply.moves_done} done, {reply.moves_stayed} stayed{why}", markup=False
+        )
     for one in reply.instances:
         if one.apart_from:
             text = f"{one.instance_id} gets no work: it differs from {one.apart_from}: {'; '.join(one.differing)}"

@@ -15,7 +15,7 @@ from orchestrator.ingress.service import cancel_request
 from orchestrator.ingress.validate import check_request_id
 from orchestrator.policy.contract import Member, set_apart
 from orchestrator.store.client import Store
-from orchestrator.store.replies import InstanceRecord, StoreStats, View
+from orchestrator.store.replies import InstanceRecord, MoveLog, StoreStats, View
 from protos.contract.errors import InvalidRequest, StoreUnavailable
 from protos.rpc import admin_pb2_grpc
 from protos.wire import admin, common, differing_fields, fingerprint_key
@@ -69,11 +69,12 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         for name, value in {**self._metrics.snapshot(), **self._gauges()}.items():
             reply.counters[name] = max(0, value)
         try:
-            view, stats = await self._store.view(0), await self._store.stats()
+            view, stats, log = await self._store.view(0), await self._store.stats(), await self._store.moves()
         except StoreUnavailable:
             return reply
         reply.store_reachable = True
         fill_status(reply, view, stats)
+        fill_moves(reply, log, stats)
         return reply
 
     async def ListRequests(self, request: admin.ListRequestsRequest, context: Any) -> admin.ListRequestsReply:
@@ -151,6 +152,26 @@ def fill_status(reply: admin.StatusReply, view: View, stats: StoreStats) -> None
     mark_apart(reply.instances)
 
 
+def fill_moves(reply: admin.StatusReply, log: MoveLog, stats: StoreStats) -> None:
+    """Writes what became of the last moves, and of all. Pure."""
+    reply.moves_begun = stats.totals.get("migrations_begun", 0)
+    reply.moves_done = stats.totals.get("migrated", 0)
+    reply.moves_stayed = stats.totals.get("migrations_stayed", 0)
+    reply.moves.extend(
+        admin.MoveRecord(
+            age_s=max(0.0, (log.now_ms - one.at_ms) / 1000),
+            event=one.event,
+            request_id=one.request_id,
+            epoch=one.epoch,
+            source=one.source,
+            target=one.target,
+            why=one.why,
+            note=one.note,
+        )
+        for one in log.records
+    )
+
+
 def mark_apart(instances: Sequence[admin.InstanceStatus]) -> None:
     """Writes into each instance that gets no work for its fingerprint, whose counts instead and where they differ."""
     by_name = {one.instance_id: one for one in instances}
@@ -184,4 +205,6 @@ def _instance(record: InstanceRecord, now_ms: int) -> admin.InstanceStatus:
         heartbeat_age_s=max(0.0, (now_ms - record.beat_ms) / 1000),
         assigned_requests=max(0, record.p_requests + record.d_requests),
         reserved_blocks=max(0, record.p_blocks + record.d_blocks),
+        moves_in=max(0, record.m_in),
+        moves_out=max(0, record.m_out),
     )

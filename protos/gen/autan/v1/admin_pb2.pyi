@@ -25,7 +25,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("instance_id", "role", "state", "epoch", "address", "node", "card", "stats", "heartbeat_age_s", "assigned_requests", "reserved_blocks", "apart_from", "differing")
+    __slots__ = ("instance_id", "role", "state", "epoch", "address", "node", "card", "stats", "heartbeat_age_s", "assigned_requests", "reserved_blocks", "apart_from", "differing", "moves_in", "moves_out")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,8 @@ class InstanceStatus(_message.Message):
     RESERVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     APART_FROM_FIELD_NUMBER: _ClassVar[int]
     DIFFERING_FIELD_NUMBER: _ClassVar[int]
+    MOVES_IN_FIELD_NUMBER: _ClassVar[int]
+    MOVES_OUT_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     role: _common_pb2.Role
     state: _common_pb2.InstanceState
@@ -52,10 +54,32 @@ class InstanceStatus(_message.Message):
     reserved_blocks: int
     apart_from: str
     differing: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., state: _Optional[_Union[_common_pb2.InstanceState, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., card: _Optional[_Union[_common_pb2.InstanceCard, _Mapping]] = ..., stats: _Optional[_Union[_common_pb2.InstanceStats, _Mapping]] = ..., heartbeat_age_s: _Optional[float] = ..., assigned_requests: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., apart_from: _Optional[str] = ..., differing: _Optional[_Iterable[str]] = ...) -> None: ...
+    moves_in: int
+    moves_out: int
+    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., state: _Optional[_Union[_common_pb2.InstanceState, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., card: _Optional[_Union[_common_pb2.InstanceCard, _Mapping]] = ..., stats: _Optional[_Union[_common_pb2.InstanceStats, _Mapping]] = ..., heartbeat_age_s: _Optional[float] = ..., assigned_requests: _Optional[int] = ..., reserved_blocks: _Optional[int] = ..., apart_from: _Optional[str] = ..., differing: _Optional[_Iterable[str]] = ..., moves_in: _Optional[int] = ..., moves_out: _Optional[int] = ...) -> None: ...
+
+class MoveRecord(_message.Message):
+    __slots__ = ("age_s", "event", "request_id", "epoch", "source", "target", "why", "note")
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    age_s: float
+    event: str
+    request_id: str
+    epoch: int
+    source: str
+    target: str
+    why: str
+    note: str
+    def __init__(self, age_s: _Optional[float] = ..., event: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., source: _Optional[str] = ..., target: _Optional[str] = ..., why: _Optional[str] = ..., note: _Optional[str] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("cluster", "version", "instances", "queued", "running", "finished", "failed", "cancelled", "leader", "leader_epoch", "store_reachable", "counters")
+    __slots__ = ("cluster", "version", "instances", "queued", "running", "finished", "failed", "cancelled", "leader", "leader_epoch", "store_reachable", "counters", "moves", "moves_begun", "moves_done", "moves_stayed")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +99,10 @@ class StatusReply(_message.Message):
     LEADER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     STORE_REACHABLE_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    MOVES_BEGUN_FIELD_NUMBER: _ClassVar[int]
+    MOVES_DONE_FIELD_NUMBER: _ClassVar[int]
+    MOVES_STAYED_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     version: str
     instances: _containers.RepeatedCompositeFieldContainer[InstanceStatus]
@@ -87,7 +115,11 @@ class StatusReply(_message.Message):
     leader_epoch: int
     store_reachable: bool
     counters: _containers.ScalarMap[str, int]
-    def __init__(self, cluster: _Optional[str] = ..., version: _Optional[str] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., leader: _Optional[str] = ..., leader_epoch: _Optional[int] = ..., store_reachable: _Optional[bool] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    moves: _containers.RepeatedCompositeFieldContainer[MoveRecord]
+    moves_begun: int
+    moves_done: int
+    moves_stayed: int
+    def __init__(self, cluster: _Optional[str] = ..., version: _Optional[str] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., finished: _Optional[int] = ..., failed: _Optional[int] = ..., cancelled: _Optional[int] = ..., leader: _Optional[str] = ..., leader_epoch: _Optional[int] = ..., store_reachable: _Optional[bool] = ..., counters: _Optional[_Mapping[str, int]] = ..., moves: _Optional[_Iterable[_Union[MoveRecord, _Mapping]]] = ..., moves_begun: _Optional[int] = ..., moves_done: _Optional[int] = ..., moves_stayed: _Optional[int] = ...) -> None: ...
 
 class ListRequestsRequest(_message.Message):
     __slots__ = ("limit",)
