@@ -269,7 +269,7 @@ class WorkerHost:
             self.me.lifecycle.move(InstanceState.DRAINING if self._stopping else InstanceState.READY)
             self._renewals.beat_soon()
 
-    async def _register_again(self) -> None:
+    async def _register_again(self, fenced: int) -> None:
         """After a fence: once the engine has let everything go, the instance lives on as its next incarnation."""
         try:
             await self._thread.call(lambda engine: None)
@@ -277,6 +277,8 @@ class WorkerHost:
             self.end(ExitCode.ENGINE_LOST)
             return
         await self.parts.receiver.settle()
+        if self._renewals is None or await self._renewals.ends_as_superseded(fenced):
+            return
         self.me.lifecycle.move(InstanceState.STARTING)
         await self._register()
 
@@ -317,8 +319,8 @@ class WorkerHost:
         logger.error("the engine is lost: %s", error)
         self.end(ExitCode.GROUP_BROKEN if self._door is not None and isinstance(error, EngineFailure) else ExitCode.ENGINE_LOST)
 
-    def _on_fenced(self) -> None:
-        self._tasks.spawn(self._register_again())
+    def _on_fenced(self, incarnation: int) -> None:
+        self._tasks.spawn(self._register_again(incarnation))
 
     def _on_group_broken(self) -> None:
         if not self._stopping:

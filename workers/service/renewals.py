@@ -44,7 +44,7 @@ class RenewalContext:
     stats: Callable[[], bytes]
     timing: TimingConfig
     stopping: Callable[[], bool]
-    on_fenced: Callable[[], None]
+    on_fenced: Callable[[int], None]  # the incarnation that was
     on_exit: Callable[[ExitCode], None]
 
 
@@ -128,10 +128,30 @@ class Renewals:
             return
         if record is not None and record.incarnation > incarnation:
             logger.error("%s runs as incarnation %d elsewhere", me.instance_id, record.incarnation)
+            me.incarnation = None
             context.coordinator.drop_all()
             context.on_exit(ExitCode.SUPERSEDED)
             return
         self._fence(f"Redis has incarnation {incarnation} as {record.state if record else 'unknown'}")
+
+    async def ends_as_superseded(self, fenced: int) -> bool:
+        """Ends this process when another one is registered since its incarnation `fenced`: it must not be pushed aside.
+
+        Waits until Redis answers; true when it ends.
+        """
+        context = self._context
+        while True:
+            try:
+                record = await context.store.instance(context.me.instance_id)
+            except AutanError as error:
+                logger.warning("incarnation %d is fenced, and Redis does not say who came after it: %s", fenced, error)
+                await asyncio.sleep(context.timing.heartbeat_s)
+                continue
+            if record is None or record.incarnation <= fenced:
+                return False
+            logger.error("%s runs as incarnation %d elsewhere", context.me.instance_id, record.incarnation)
+            context.on_exit(ExitCode.SUPERSEDED)
+            return True
 
     def _renewed(self, sent_s: float) -> None:
         timing = self._context.timing
@@ -154,12 +174,13 @@ class Renewals:
 
     def _fence(self, why: str) -> None:
         context, me = self._context, self._context.me
-        logger.error("%s incarnation %d is fenced: %s", me.instance_id, me.number, why)
+        number = me.number
+        logger.error("%s incarnation %d is fenced: %s", me.instance_id, number, why)
         me.incarnation = None
         me.lifecycle.move(InstanceState.LOST)
         context.outbox.pause()
         context.coordinator.drop_all()
-        context.on_fenced()
+        context.on_fenced(number)
 
     def _is_stalled(self) -> bool:
         context = self._context

@@ -53,6 +53,23 @@ def test_a_superseded_process_drops_everything_and_ends(fresh_store: FreshStore)
     asyncio.run(scenario())
 
 
+def test_a_fenced_process_does_not_push_its_successor_aside(fresh_store: FreshStore) -> None:
+    """It fenced itself because Redis was silent for too long, and by then another process of the instance was there."""
+
+    async def scenario() -> None:
+        async with worker_world(fresh_store) as world:
+            old = await world.start_worker("combined-0")
+            assert old._renewals is not None
+            newer = await old._store.register("combined-0", "combined", "elsewhere:1", b"")
+            if old.me.incarnation is not None:
+                old._renewals._fence("no renewal for too long")
+            assert await world.codes["combined-0"] is ExitCode.SUPERSEDED
+            (record,) = (await world.store.view()).instances
+            assert (record.incarnation, record.addr) == (newer, "elsewhere:1")
+
+    asyncio.run(scenario())
+
+
 def test_an_instance_that_is_declared_lost_registers_anew(fresh_store: FreshStore) -> None:
     async def scenario() -> None:
         async with worker_world(fresh_store) as world:
