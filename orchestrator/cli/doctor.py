@@ -11,7 +11,7 @@ from orchestrator.cli.kv import message_json, unanswered_json
 from orchestrator.cli.output import print_json, print_table, stdout
 from orchestrator.client import AsyncClient
 from orchestrator.ingress.clock import wall_clock_s
-from protos.wire import admin
+from protos.wire import admin, audit
 
 _MAX_OFFSET_S = 1.0
 _WORDS = {admin.HEALTH_OK: "ok", admin.HEALTH_WARNING: "warning", admin.HEALTH_BROKEN: "BROKEN"}
@@ -44,7 +44,7 @@ def _report(reply: admin.DiagnoseReply, checks: list[admin.Check], is_broken: bo
         "version": reply.version,
         "healthy": not is_broken,
         "checks": [{**message_json(one), "health": _WORDS[one.health].lower()} for one in checks],
-        "matrix": [{"from": report.instance_id, **message_json(probe)} for report in reply.workers for probe in report.peers],
+        "matrix": [{"from": source, **message_json(probe)} for source, probe in _paths(reply)],
         "workers": [
             {**message_json(report), "peers": [probe.instance_id or probe.address for probe in report.peers]}
             for report in reply.workers
@@ -53,21 +53,36 @@ def _report(reply: admin.DiagnoseReply, checks: list[admin.Check], is_broken: bo
     }
 
 
+def _paths(reply: admin.DiagnoseReply) -> list[tuple[str, audit.PeerProbe]]:
+    """Who reaches whom: the ingress the workers, they each other and the ingress."""
+    found = [("ingress", probe) for probe in reply.from_ingress]
+    return found + [(report.instance_id, probe) for report in reply.workers for probe in report.peers]
+
+
+def _may_hand_over(source: str, probe: audit.PeerProbe) -> str:
+    if source == "ingress" or not probe.instance_id or not probe.reachable:
+        return "-"
+    return "NO" if probe.differing else "yes"
+
+
 def _print(reply: admin.DiagnoseReply, checks: list[admin.Check]) -> None:
     print_table(
         ("from", "to", "address", "reaches", "rtt", "may hand over", "shared memory"),
         [
             (
-                report.instance_id,
+                source,
                 probe.instance_id or "ingress",
                 probe.address,
                 "yes" if probe.reachable and probe.is_expected else "NO",
                 f"{probe.rtt_s * 1000:.1f} ms" if probe.reachable else "-",
-                "-" if not probe.instance_id or not probe.reachable else "NO" if probe.differing else "yes",
-                "-" if not probe.instance_id else "yes" if probe.shared_memory else "no",
+                "-"
+                if "ingress" in (source, probe.instance_id or "ingress") or not probe.reachable
+                else "NO"
+                if probe.differing
+                else "yes",
+                "-" if "ingress" in (source, probe.instance_id or "ingress") else "yes" if probe.shared_memory else "no",
             )
-            for report in reply.workers
-            for probe in report.peers
+            for source, probe in _paths(reply)
         ],
     )
     for one in checks:

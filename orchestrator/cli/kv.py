@@ -108,10 +108,11 @@ def unanswered_json(unanswered: Iterable[admin.Unanswered]) -> list[dict[str, An
 
 def _print_entries(books: Iterable[audit.KvBooks]) -> None:
     print_table(
-        ("instance", "request", "epoch", "owner", "stage", "blocks", "writer", "lease left"),
+        ("instance", "request", "epoch", "owner", "stage", "blocks", "writer", "age", "lease left"),
         [
             (
                 one.instance_id, entry.request_id, entry.epoch, entry.owner, entry.stage, entry.blocks, entry.writer or "-",
+                f"{entry.age_s:.1f} s",
                 f"{entry.lease_left_s:.1f} s" if entry.HasField("lease_left_s") else "-",
             )
             for one in books

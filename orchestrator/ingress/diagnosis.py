@@ -46,17 +46,23 @@ class Doctor:
         alive = tuple(record for record in view.instances if record.state in ALIVE)
         peers = [worker.PeerAddress(instance_id=r.instance_id, address=r.addr, incarnation=r.incarnation) for r in alive]
 
-        async def question(stub: Any, record: InstanceRecord) -> audit.SelfReport:
+        async def question(stub: Any, record: InstanceRecord) -> tuple[audit.PeerProbe, audit.SelfReport]:
+            probe = await _probe(stub, record)
             request = worker.WorkerDiagnoseRequest(
                 peers=[peer for peer in peers if peer.instance_id != record.instance_id],
                 sink_address=self._sink_address,
                 timeout_s=_PROBE_S,
             )
             report: audit.SelfReport = await stub.Diagnose(request, timeout=_TIMEOUT_S)
-            return report
+            return probe, report
 
         answers = await self._workers.ask(alive, question, _TIMEOUT_S)
-        reply.workers.extend(report for _, report in answers.found)
+        reply.workers.extend(report for _, (_, report) in answers.found)
+        reply.from_ingress.extend(probe for _, (probe, _) in answers.found)
+        reply.from_ingress.extend(
+            audit.PeerProbe(instance_id=one.instance_id, address=one.address, error=one.error.message)
+            for one in answers.unanswered
+        )
         reply.unanswered.extend(answers.unanswered)
         reply.wall_clock_s = wall_clock_s()
         reply.checks.extend(_of_cluster(stats, view.instances, view.now_ms))
@@ -68,6 +74,21 @@ class Doctor:
             reply.checks.extend(_of_worker(report, self._version))
         reply.checks.extend(_of_fingerprints(alive))
         return reply
+
+
+async def _probe(stub: Any, record: InstanceRecord) -> audit.PeerProbe:
+    """One call on the open connection from the ingress to a worker."""
+    began_s = time.monotonic()
+    status = await stub.Status(worker.WorkerStatusRequest(), timeout=_TIMEOUT_S)
+    is_expected = status.incarnation == record.incarnation
+    return audit.PeerProbe(
+        instance_id=record.instance_id,
+        address=record.addr,
+        reachable=True,
+        rtt_s=time.monotonic() - began_s,
+        is_expected=is_expected,
+        error="" if is_expected else f"it is incarnation {status.incarnation}, the registry has {record.incarnation}",
+    )
 
 
 def check(health: admin.Health, name: str, subject: str, detail: str) -> admin.Check:

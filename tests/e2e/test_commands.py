@@ -139,7 +139,11 @@ def test_the_books_and_the_doctor_as_commands(served: Autan) -> None:
     assert [one["applied"] for one in served.json("kv", "gc")["instances"]] == [False, False]
     assert served("kv", "gc", "--apply").stdout.strip() == "nothing to give back"
     report = served.json("doctor")
-    assert report["healthy"] and {(row["from"], row["instance_id"]) for row in report["matrix"]} >= {("prefill-0", "decode-0")}
+    assert report["healthy"] and {(row["from"], row["instance_id"]) for row in report["matrix"]} >= {
+        ("prefill-0", "decode-0"),
+        ("ingress", "decode-0"),
+        ("prefill-0", ""),
+    }
     assert served("doctor").returncode == 0 and "BROKEN" not in served("doctor").stdout
     assert served("kv", "ls", "nobody").returncode == 2
 

@@ -6,8 +6,9 @@ the deadline moves with every sign of progress.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
@@ -41,6 +42,7 @@ class Entry:
     blocks: int
     deadline_s: float
     state: Callable[[], str]
+    opened_s: float = field(default_factory=time.monotonic)
 
     def line(self) -> str:
         """`request_id epoch side state blocks`."""

@@ -156,6 +156,7 @@ class KvAudit:
             opened=context.ledger.opened,
             released=context.ledger.released,
             now_s=time.monotonic(),
+            since_s={(a.request_id, a.epoch): a.started_s for a in context.assignments.all()},
         )
         return snapshot, seen.integrity
 

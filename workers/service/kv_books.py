@@ -6,8 +6,8 @@ accounted for; an owner in the engine that neither knows of is an orphan, howeve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from protos.contract.redis_names import is_name
 from protos.wire import audit
@@ -35,6 +35,7 @@ class Snapshot:
     opened: int
     released: int
     now_s: float
+    since_s: Mapping[RequestKey, float] = field(default_factory=dict)  # when the assignments came here
 
 
 def overdue(snapshot: Snapshot) -> list[Entry]:
@@ -133,6 +134,7 @@ def _transfer(entry: Entry, now_s: float) -> audit.KvEntry:
         stage=entry.state(),
         blocks=entry.blocks,
         writer=entry.writer if entry.key.side is Side.RECEIVE else "",
+        age_s=max(0.0, now_s - entry.opened_s),
         lease_left_s=entry.deadline_s - now_s,
     )
 
@@ -146,4 +148,5 @@ def _owner(owner: BlockOwner, snapshot: Snapshot) -> audit.KvEntry:
         stage=owner.stage,
         blocks=owner.blocks,
         writer=writer,
+        age_s=max(0.0, snapshot.now_s - snapshot.since_s.get((owner.request_id, owner.epoch), snapshot.now_s)),
     )

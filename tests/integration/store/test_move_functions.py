@@ -121,3 +121,20 @@ def test_another_ingress_is_told_to_both_sides(decoding: World) -> None:
     w.read("t")
     w.resume("r", take=True)
     assert w.told("d") == [("owner", "r", 1)] and w.told("t") == [("owner", "r", 2)]
+
+
+def test_the_log_tells_what_became_of_moves(decoding: World) -> None:
+    w = decoding
+    migrate(w)
+    stay(w)
+    migrate(w, new=3)
+    w.handoff("r", 3, "t")
+    reply = w.call(Fn.MOVES, 10)
+    lines = [reply[at + 1 : at + 8] for at in range(3, len(reply), 8)]
+    assert lines == [
+        ["moved", "r", "3", "d", "t", "balance", ""],
+        ["begun", "r", "3", "d", "t", "balance", "a|b"],
+        ["stayed", "r", "2", "d", "t", "balance", ""],
+        ["begun", "r", "2", "d", "t", "balance", "a|b"],
+    ]
+    assert w.call(Fn.MOVES, 1)[2] == 1
