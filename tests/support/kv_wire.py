@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from protos.contract.redis_names import base_key
@@ -68,11 +69,15 @@ class FaultyWire(kv_pb2_grpc.KvTransferServicer):
         self.streams += 1
         call = self._stub.Push()
         cut = asyncio.Event()
-        feeder = asyncio.create_task(self._feed(request_iterator, call, cut))
+        replies: asyncio.Queue[Any] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(self._feed(request_iterator, call, cut)),
+            asyncio.create_task(self._collect(call, replies)),
+        ]
         try:
             while True:
-                reading = asyncio.ensure_future(call.read())
-                cutting = asyncio.ensure_future(cut.wait())
+                reading = asyncio.create_task(replies.get())
+                cutting = asyncio.create_task(cut.wait())
                 await asyncio.wait({reading, cutting}, return_when=asyncio.FIRST_COMPLETED)
                 cutting.cancel()
                 if cut.is_set():
@@ -81,14 +86,28 @@ class FaultyWire(kv_pb2_grpc.KvTransferServicer):
                 reply = await reading
                 if reply is grpc.aio.EOF:
                     return
+                if isinstance(reply, grpc.RpcError):
+                    raise error_of(reply) from reply
                 if reply.WhichOneof("outcome") and self.drop_replies:
                     self.drop_replies -= 1
                     await self._cut(context)
                 yield reply
         finally:
-            feeder.cancel()
             call.cancel()
-            await asyncio.gather(feeder, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    @staticmethod
+    async def _collect(call: Any, replies: asyncio.Queue[Any]) -> None:
+        """Reads without a pause: a write that fails after the receiver's refusal would hide it from a later read."""
+        last: Any = None
+        while last is not grpc.aio.EOF and not isinstance(last, grpc.RpcError):
+            try:
+                last = await call.read()
+            except grpc.aio.AioRpcError as error:
+                last = error
+            replies.put_nowait(last)
 
     async def _feed(self, frames: AsyncIterator[kv.PushFrame], call: Any, cut: asyncio.Event) -> None:
         async for frame in frames:
