@@ -374,6 +374,10 @@ class Handoff:
             return False  # the move has not been committed
         if holder is None or holder.epoch != request.epoch:
             raise StaleEpoch(f"{request.request_id}: epoch {request.epoch} is over")
+        if not holder.instance_id:  # it ended while nobody looked, or it waits for another prefill
+            if holder.state == "DONE" and self.lifecycle.state is SendState.ENDING:
+                return True  # this side never finishes what it has begun to hand over
+            raise StaleEpoch(f"{request.request_id}: epoch {request.epoch} is over, the request is {holder.state}")
         target = (self.job.target_instance, self.job.target_incarnation)
         return (holder.instance_id, holder.incarnation) == target
 
