@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,10 @@ def test_a_bad_request_is_refused_with_a_sentence(
         assert json.loads(done.stdout)["error"]["code"] == code
     after = served.json("generate", "still there", "--max-tokens", "3")
     assert len(after["token_ids"]) == 3
-    assert all(one["kv_blocks"]["used"] == 0 for one in served.json("status")["instances"])
+    # What instances tell of themselves in the status is as old as their last heartbeat.
+    give_up_s = time.monotonic() + 15
+    while any(one["kv_blocks"]["used"] for one in served.json("status")["instances"]):
+        assert time.monotonic() < give_up_s, "blocks stay in use after every request has ended"
 
 
 def test_the_books_and_the_doctor_as_commands(served: Autan) -> None:

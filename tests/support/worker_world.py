@@ -21,6 +21,7 @@ from configs.schema.cluster import SchedulingConfig, TimingConfig
 from configs.schema.network import NetworkConfig
 from configs.schema.pools import EngineConfig, ModelConfig, OracleCosts
 from configs.worker_spec import WorkerSpec
+from orchestrator.ingress.records import merge_timeline
 from orchestrator.store.client import Store
 from orchestrator.store.replies import Emission, Placement
 from protos.contract.redis_names import Code, pack_tokens, unpack_tokens
@@ -143,7 +144,12 @@ class TestIngress(tokens_pb2_grpc.TokenSinkServicer):
         got.output += fresh
         got.senders.add(sender)
         if item.HasField("timeline"):
-            got.timelines.append(item.timeline)
+            # As the real ingress does: messages of two workers may pass each other, so each one adds to what is known.
+            known = common.Timeline()
+            if got.timelines:
+                known.CopyFrom(got.timelines[-1])
+            merge_timeline(known, item.timeline)
+            got.timelines.append(known)
         ack.next_index = outcome.next_index
         if item.finish != common.FINISH_REASON_UNSPECIFIED and outcome.next_index == item.first_index + len(ids):
             got.finish = item.finish
