@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from configs.schema.base import Line, Name, Section
+from configs.schema.base import Line, Name, Section, refusal
 
 
 class ModelConfig(Section):
@@ -35,6 +35,8 @@ class EngineConfig(Section):
 
     `weights` of a quantised checkpoint stay in memory as they are `stored`, or are `decoded` into the model's dtype while
     they are loaded: more memory, and faster where the device has no kernel for the stored format.
+
+    `host_cache_gb` (10^9 bytes, per instance of one rank) keeps the blocks that the prefix cache of the pool gives up.
     """
 
     kind: Literal["oracle", "torch", "vllm"]
@@ -46,6 +48,7 @@ class EngineConfig(Section):
     max_batch_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 512
     max_running: Annotated[int, Field(ge=1, le=65_536)] = 64
     prefix_cache: bool = True
+    host_cache_gb: Annotated[float, Field(ge=0, le=65_536, allow_inf_nan=False)] = 0.0
     oracle: OracleCosts = OracleCosts()
 
 
@@ -60,3 +63,10 @@ class PoolConfig(Section):
     gpus_per_rank: Annotated[float, Field(ge=0, le=64)] = 0.0
     resources: dict[Name, Annotated[float, Field(gt=0, le=1e9)]] = Field(default_factory=dict)  # of Ray, per rank
     engine: EngineConfig
+
+    @model_validator(mode="after")
+    def _one_rank_for_a_host_cache(self) -> Self:
+        if self.ranks > 1 and self.engine.host_cache_gb:
+            message = f"the host cache is for one rank, and ranks is {self.ranks}: use 0, or ranks: 1"
+            raise refusal([(("engine", "host_cache_gb"), message)])
+        return self

@@ -40,6 +40,7 @@ def instance_json(one: admin.InstanceStatus) -> dict[str, Any]:
             "used": one.stats.used_blocks,
             "free": one.stats.free_blocks,
             "cached": one.stats.cached_blocks,
+            "host": one.stats.host_blocks,
             "reserved": one.reserved_blocks,
             "leaked": one.stats.leaked_blocks,
         },

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from protos.contract.errors import BadFrame, InvalidRequest, OutOfBlocks, PromptTooLong
+from workers.batching.block_pool import BlockPool
+from workers.batching.sequence import Sequence as Waiting
 from workers.engine_api.types import EngineRequest, ModelIdentity, Phase
 
 
@@ -72,3 +74,10 @@ def check_handed_tokens(
     outputs = len(request.output) + len(tokens)
     if outputs >= request.sampling.max_tokens or len(request.prompt) + outputs >= identity.context_tokens:
         raise BadFrame(f"{name}: the tokens handed over end the request")
+
+
+def check_room(blocks: int, waiting: Sequence[Waiting], pool: BlockPool) -> None:
+    """Raises OutOfBlocks when an import of so many blocks would take what preempted sequences need to come back."""
+    owed = sum(sequence.blocks_for_known for sequence in waiting if sequence.preempted)
+    if owed and blocks + owed > pool.available:
+        raise OutOfBlocks(f"{blocks} KV blocks asked for, {owed} are owed to preempted sequences")

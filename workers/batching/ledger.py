@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from protos.contract.errors import OutOfBlocks
 from workers.batching.block_pool import BlockPool
+from workers.batching.host_tier import HostTier
 from workers.batching.prefix_cache import PrefixCache
 from workers.batching.sequence import Sequence
 from workers.engine_api.types import BlockOwner, CacheEvent, PrefixTicket
@@ -38,10 +39,11 @@ class Loan:
 class BlockLedger:
     """Moves block references between the pool, sequences and pins, and files full blocks in the prefix cache."""
 
-    def __init__(self, num_blocks: int, prefix_cache: bool) -> None:
+    def __init__(self, num_blocks: int, prefix_cache: bool, tier: HostTier | None = None) -> None:
         self._cache = PrefixCache()
         self._caching = prefix_cache
-        self.pool = BlockPool(num_blocks, self._cache.drop)
+        self._tier = tier if prefix_cache else None
+        self.pool = BlockPool(num_blocks, self._evict)
         self._loans: dict[int, Loan] = {}
         self._next_loan = 1
         self._pins: dict[Key, dict[int, None]] = {}
@@ -56,6 +58,34 @@ class BlockLedger:
     def match_prefill(self, sequence: Sequence) -> list[int]:
         """As `match`, but leaves at least one token to compute: its logits give the next token."""
         return self.match(sequence, len(sequence.tokens) - 1)
+
+    def restore(self, sequence: Sequence) -> int:
+        """Brings leading blocks of a prompt back from the host's memory, behind those that are cached; returns how many.
+
+        They enter the prefix cache without an owner. As many as there is room for besides the cached ones.
+        """
+        if self._tier is None or not len(self._tier):
+            return 0
+        names = sequence.names_of((len(sequence.tokens) - 1) // sequence.block_tokens)
+        hits = self._cache.match(names)
+        count = self._tier.run(names[len(hits) :])
+        if not count:
+            return 0
+        self.pool.share(hits)
+        fresh = self.pool.allocate(min(count, self.pool.available))
+        restored: list[int] = []
+        try:
+            for name, block_id in zip(names[len(hits) :], fresh, strict=False):
+                # What room was made for may have pushed this very name out.
+                if name in self._cache or not self._tier.load(name, block_id):
+                    break
+                restored.append(block_id)
+            parent = names[len(hits) - 1] if hits else sequence.root
+            for block_id in self._cache.store(parent, names[len(hits) : len(hits) + len(restored)], restored):
+                self.pool.keep(block_id)
+        finally:
+            self.pool.free_blocks(reversed((*hits, *fresh)))
+        return len(restored)
 
     def give(self, grants: Listing[Grant]) -> None:
         """Gives empty-handed sequences their cached blocks and as many new ones as make their totals.
@@ -229,6 +259,11 @@ class BlockLedger:
         for pins in self._pins.values():
             pinned.update(pins.keys())
         assert pinned == self._pinned, "pin counts and pins differ"
+
+    def _evict(self, block_id: int) -> None:
+        if self._tier is not None:
+            self._tier.save(self._cache.name_of(block_id), block_id)
+        self._cache.drop(block_id)
 
     def _owners(self, tables: Iterable[list[int]]) -> Counter[int]:
         owners: Counter[int] = Counter()

@@ -10,8 +10,9 @@ from operator import attrgetter
 
 from protos.contract.block_hash import root_hash
 from protos.contract.errors import BadFrame, InvalidRequest, OutOfBlocks, StaleEpoch
-from workers.batching.admission import check_ahead, check_fits, check_handed_tokens, check_request
+from workers.batching.admission import check_ahead, check_fits, check_handed_tokens, check_request, check_room
 from workers.batching.constraint import Constrainer, open_constraint
+from workers.batching.host_tier import HostTier
 from workers.batching.import_gate import ImportGate
 from workers.batching.integrity import check_stages
 from workers.batching.layer_progress import told_by_layers
@@ -42,11 +43,13 @@ _NOTHING = StepResult()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """Bounds of one step, and whether full blocks are shared between sequences with equal prefixes."""
+    """Bounds of one step, whether full blocks are shared between sequences with equal prefixes, and how many bytes of
+    evicted ones the host keeps."""
 
     max_batch_tokens: int
     max_running: int
     prefix_cache: bool = True
+    host_cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < 1 or self.max_running < 1:
@@ -69,7 +72,8 @@ class PagedEngine:
         self._identity = runner.identity
         self._layout = runner.layout
         self._limits = StepLimits(limits.max_batch_tokens, limits.max_running)
-        self._ledger = BlockLedger(runner.num_blocks, limits.prefix_cache)
+        self._tier = HostTier(runner, limits.host_cache_bytes) if limits.prefix_cache and limits.host_cache_bytes else None
+        self._ledger = BlockLedger(runner.num_blocks, limits.prefix_cache, self._tier)
         self._gate = ImportGate(runner)
         self._lock = threading.Lock()
         self._sequences: dict[str, Sequence] = {}
@@ -93,6 +97,7 @@ class PagedEngine:
             check_request(request, self._identity)
             check_fits(request, self._identity, self._layout.block_tokens, self._ledger.pool.num_blocks)
             sequence = self._enter(request, SequenceState.WAITING)
+            self._counters.host_restored_tokens += self._ledger.restore(sequence) * self._layout.block_tokens
             self._waiting.append(sequence)
 
     def has_work(self) -> bool:
@@ -185,7 +190,7 @@ class PagedEngine:
                 # The last known token of a sequence that decodes elsewhere may have no row there: it stays to be written.
                 hits = self._ledger.match(sequence, num_tokens - (ahead_tokens > 0))
                 total = -(-(num_tokens + ahead_tokens) // size)
-                self._leave_room_for_preempted(total - len(hits))
+                check_room(total - len(hits), self._waiting, self._ledger.pool)
                 self._ledger.give([Grant(sequence, hits, total)])
             except OutOfBlocks:
                 self._leave(sequence)
@@ -244,7 +249,7 @@ class PagedEngine:
     def import_prefix_begin(self, root: bytes, names: Listing[bytes]) -> PrefixTicket:
         with self._lock:
             self._plan = None
-            self._leave_room_for_preempted(len(names) - len(self._ledger.match_names(names)))
+            check_room(len(names) - len(self._ledger.match_names(names)), self._waiting, self._ledger.pool)
             ticket = self._ledger.borrow(root, names)
             self._gate.open(ticket.block_ids)
             return ticket
@@ -279,6 +284,7 @@ class PagedEngine:
                 total_blocks=pool.num_blocks,
                 used_blocks=pool.used,
                 cached_blocks=pool.cached,
+                host_blocks=len(self._tier) if self._tier else 0,
                 free_blocks=pool.free,
                 waiting=len(self._waiting),
                 running=len(self._running),
@@ -358,12 +364,6 @@ class PagedEngine:
         if sequence is None or sequence.epoch != epoch:
             raise StaleEpoch(f"{request_id}: epoch {epoch} is not here")
         return sequence
-
-    def _leave_room_for_preempted(self, blocks: int) -> None:
-        """Raises OutOfBlocks when imports would take what preempted sequences need to come back."""
-        owed = sum(s.blocks_for_known for s in self._waiting if s.preempted)
-        if owed and blocks + owed > self._ledger.pool.available:
-            raise OutOfBlocks(f"{blocks} KV blocks asked for, {owed} are owed to preempted sequences")
 
     def _requeue(self, sequence: Sequence) -> None:
         sequence.move(SequenceState.WAITING)

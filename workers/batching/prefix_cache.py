@@ -27,6 +27,9 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._block_of)
 
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._block_of
+
     def match(self, names: Sequence[bytes]) -> list[int]:
         """The blocks of the longest known run of `names` from its start. Changes nothing."""
         blocks: list[int] = []
@@ -56,6 +59,10 @@ class PrefixCache:
             new.append(block_id)
         self._announce(parent, run)
         return new
+
+    def name_of(self, block_id: int) -> bytes:
+        """The name that a filed block is under."""
+        return self._name_of[block_id]
 
     def drop(self, block_id: int) -> None:
         """The block is about to hold something else."""

@@ -239,6 +239,7 @@ class EngineStats:
     total_blocks: int = 0
     used_blocks: int = 0  # referenced
     cached_blocks: int = 0  # unreferenced, kept for their prefix
+    host_blocks: int = 0  # kept in the host's memory
     free_blocks: int = 0
     waiting: int = 0
     running: int = 0
@@ -248,6 +249,7 @@ class EngineStats:
     prefill_chunks: int = 0
     prefill_tokens: int = 0
     prefix_hit_tokens: int = 0
+    host_restored_tokens: int = 0  # brought back from the host's memory
     decode_tokens: int = 0
     preemptions: int = 0
     leaked_blocks: int = 0  # referenced blocks that no sequence owns; 0 or a bug

@@ -75,4 +75,6 @@ def stats_of(stats: EngineStats, counters: TransferCounters, overdue_blocks: int
         leaked_blocks=stats.leaked_blocks + overdue_blocks,
         unacked_tokens=unacked_tokens,
         expert_visits=stats.expert_visits,
+        host_blocks=stats.host_blocks,
+        host_restored_tokens=stats.host_restored_tokens,
     )

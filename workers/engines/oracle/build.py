@@ -32,6 +32,9 @@ def create_engine(model: ModelConfig, engine: EngineConfig, clock: Clock | None 
         clock=clock,
     )
     limits = EngineLimits(
-        max_batch_tokens=engine.max_batch_tokens, max_running=engine.max_running, prefix_cache=engine.prefix_cache
+        max_batch_tokens=engine.max_batch_tokens,
+        max_running=engine.max_running,
+        prefix_cache=engine.prefix_cache,
+        host_cache_bytes=int(engine.host_cache_gb * 1e9),
     )
     return PagedEngine(runner, limits)

@@ -51,7 +51,10 @@ def engine_over(runner: Runner, engine: EngineConfig, model_dir: Path) -> Engine
     return PagedEngine(
         runner,
         EngineLimits(
-            max_batch_tokens=engine.max_batch_tokens, max_running=engine.max_running, prefix_cache=engine.prefix_cache
+            max_batch_tokens=engine.max_batch_tokens,
+            max_running=engine.max_running,
+            prefix_cache=engine.prefix_cache,
+            host_cache_bytes=int(engine.host_cache_gb * 1e9),
         ),
         _constrainer(runner.identity, model_dir),
     )

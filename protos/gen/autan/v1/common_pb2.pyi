@@ -190,7 +190,7 @@ class InstanceCard(_message.Message):
     def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., total_blocks: _Optional[int] = ..., vocab_size: _Optional[int] = ..., context_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., node: _Optional[str] = ..., ranks: _Optional[int] = ...) -> None: ...
 
 class InstanceStats(_message.Message):
-    __slots__ = ("total_blocks", "used_blocks", "cached_blocks", "free_blocks", "running", "waiting", "holding", "importing", "steps", "prefill_chunks", "prefill_tokens", "prefix_hit_tokens", "decode_tokens", "preemptions", "kv_blocks_sent", "kv_bytes_sent", "kv_blocks_received", "kv_bytes_received", "handoffs_committed", "handoffs_failed", "stale_refused", "leaked_blocks", "unacked_tokens", "expert_visits")
+    __slots__ = ("total_blocks", "used_blocks", "cached_blocks", "free_blocks", "running", "waiting", "holding", "importing", "steps", "prefill_chunks", "prefill_tokens", "prefix_hit_tokens", "decode_tokens", "preemptions", "kv_blocks_sent", "kv_bytes_sent", "kv_blocks_received", "kv_bytes_received", "handoffs_committed", "handoffs_failed", "stale_refused", "leaked_blocks", "unacked_tokens", "expert_visits", "host_blocks", "host_restored_tokens")
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     USED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +215,8 @@ class InstanceStats(_message.Message):
     LEAKED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     UNACKED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_VISITS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOST_RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     total_blocks: int
     used_blocks: int
     cached_blocks: int
@@ -239,7 +241,9 @@ class InstanceStats(_message.Message):
     leaked_blocks: int
     unacked_tokens: int
     expert_visits: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, total_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., holding: _Optional[int] = ..., importing: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_chunks: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_blocks_sent: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_blocks_received: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., handoffs_committed: _Optional[int] = ..., handoffs_failed: _Optional[int] = ..., stale_refused: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., unacked_tokens: _Optional[int] = ..., expert_visits: _Optional[_Iterable[int]] = ...) -> None: ...
+    host_blocks: int
+    host_restored_tokens: int
+    def __init__(self, total_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., holding: _Optional[int] = ..., importing: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_chunks: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_blocks_sent: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_blocks_received: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., handoffs_committed: _Optional[int] = ..., handoffs_failed: _Optional[int] = ..., stale_refused: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., unacked_tokens: _Optional[int] = ..., expert_visits: _Optional[_Iterable[int]] = ..., host_blocks: _Optional[int] = ..., host_restored_tokens: _Optional[int] = ...) -> None: ...
 
 class Timeline(_message.Message):
     __slots__ = ("queue_s", "prefill_s", "prefill_chunks", "cached_tokens", "handoff_blocks", "handoff_reused_blocks", "handoff_bytes", "handoff_s", "handoff_exposed_s", "prefill_instance", "decode_instance", "attempts", "ttft_s", "migrations", "migration_pause_s", "handoff_hidden_s")
