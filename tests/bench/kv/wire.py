@@ -14,22 +14,18 @@ import statistics
 import subprocess
 import sys
 import time
-from asyncio import Future
-from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import Any
 
 import grpc.aio
 
-from protos.contract.errors import AutanError
 from protos.rpc import GuardInterceptor, open_channel, server_options
 from protos.wire import common
 from tests.bench.kv import raw_socket
-from workers.engine_api.types import EngineRequest, ImportTicket, KvLayout, SamplingParams
-from workers.kv_transfer.claims import Addressee, Expectation
+from tests.support.kv_memory import BLOCK_TOKENS, FINGERPRINT, Hooks, MemoryPool, request_of
+from workers.engine_api.types import KvLayout
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.handoff_job import Ending, HandoffJob, Holder, SendContext
-from workers.kv_transfer.hooks import Arrived, ReceiveLimits
+from workers.kv_transfer.hooks import ReceiveLimits
 from workers.kv_transfer.ledger import Ledger
 from workers.kv_transfer.memory import keep_freed_memory
 from workers.kv_transfer.receiver import Receiver
@@ -37,7 +33,6 @@ from workers.kv_transfer.sender import Handoff
 from workers.service.servicers import KvTransferService, add_kv_transfer
 
 _LAYER_BYTES = 64 * 1024
-_TOKENS = 64
 _WINDOW_BYTES = 8 * 1024 * 1024
 _MOST_STREAMS = 16
 _CONTENT, _BLANK = bytes(range(256)), b"\xff" * 256  # either way every page is touched before the clock starts
@@ -46,71 +41,8 @@ _CONTENT, _BLANK = bytes(range(256)), b"\xff" * 256  # either way every page is 
 def layout_of(block_kib: int) -> KvLayout:
     """Blocks of `block_kib`, a multiple of 64, in layers of 64 KiB."""
     layers = block_kib * 1024 // _LAYER_BYTES
-    return KvLayout(block_tokens=_TOKENS, num_layers=layers, row_bytes=_LAYER_BYTES // _TOKENS, dtype="bytes", name="bench")
-
-
-class MemoryPool:
-    """EnginePort over plain memory; blocks have the ids of their places in the sequence."""
-
-    def __init__(self, layout: KvLayout, blocks: int, pattern: bytes) -> None:
-        self.layout = layout
-        self._blocks = blocks
-        self.bytes = memoryview(bytearray(pattern) * (layout.block_bytes * blocks // len(pattern)))
-
-    def call(self, fn: Callable[[Any], Any]) -> Future[Any]:
-        future: Future[Any] = asyncio.get_running_loop().create_future()
-        future.set_result(fn(self))
-        return future
-
-    def import_begin(self, request: EngineRequest, num_tokens: int, ahead_tokens: int = 0) -> ImportTicket:
-        ids = tuple(range(self._blocks))
-        return ImportTicket(request_id=request.request_id, epoch=request.epoch, block_ids=ids, reused_blocks=0)
-
-    def import_commit(
-        self, request_id: str, epoch: int, next_token_ids: tuple[int, ...], num_tokens: int | None = None
-    ) -> None: ...
-
-    def import_abort(self, request_id: str, epoch: int) -> bool:
-        return True
-
-    def export_kv(self, block_id: int, group: int) -> memoryview:
-        start = block_id * self.layout.block_bytes + group * self.layout.group_bytes(0)
-        return self.bytes[start : start + self.layout.group_bytes(group)].toreadonly()
-
-    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
-        start = block_id * self.layout.block_bytes + group * self.layout.group_bytes(0) + offset_bytes
-        self.bytes[start : start + data.nbytes] = data
-
-
-class Hooks:
-    """ReceiverHooks that expect one request and commit it at once."""
-
-    def __init__(self, layout: KvLayout, request: EngineRequest) -> None:
-        self._layout = layout
-        self._request = request
-
-    def here(self) -> Addressee:
-        fingerprint = common.Fingerprint(model="bench", block_tokens=_TOKENS)
-        return Addressee(instance_id="d", incarnation=1, fingerprint=fingerprint, layout=self._layout, vocab_size=8)
-
-    async def expect(self, request_id: str, epoch: int) -> Expectation:
-        return Expectation(request=self._request, source_instance="p", source_incarnation=1)
-
-    def is_expected(self, request_id: str, epoch: int) -> bool:
-        return True
-
-    async def commit(self, request_id: str, epoch: int) -> None: ...
-
-    def opened(self, request_id: str, epoch: int) -> None: ...
-
-    def arrived(self, sequence: Arrived) -> None: ...
-
-    def ended(self, request_id: str, epoch: int, error: AutanError) -> None:
-        print(f"ended: {error}", file=sys.stderr)
-
-
-def _request(blocks: int) -> EngineRequest:
-    return EngineRequest(request_id="r", epoch=1, prompt=(1,) * (blocks * _TOKENS), sampling=SamplingParams(max_tokens=1))
+    row_bytes = _LAYER_BYTES // BLOCK_TOKENS
+    return KvLayout(block_tokens=BLOCK_TOKENS, num_layers=layers, row_bytes=row_bytes, dtype="bytes", name="bench")
 
 
 def _cpu_s() -> float:
@@ -122,7 +54,7 @@ async def receive(block_kib: int, blocks: int) -> None:
     """Serves until standard input ends; prints the port first and its CPU seconds last."""
     layout = layout_of(block_kib)
     limits = ReceiveLimits(window_bytes=_WINDOW_BYTES, streams=_MOST_STREAMS, progress_timeout_s=10.0, remember_s=10.0)
-    pool, hooks, ledger = MemoryPool(layout, blocks, _BLANK), Hooks(layout, _request(blocks)), Ledger()
+    pool, hooks, ledger = MemoryPool(layout, blocks, _BLANK), Hooks(layout, request_of(blocks)), Ledger()
     receiver = Receiver(port=pool, hooks=hooks, ledger=ledger, counters=TransferCounters(), limits=limits)
     server = grpc.aio.server(interceptors=[GuardInterceptor()], options=server_options())
     add_kv_transfer(KvTransferService(receiver), server)
@@ -131,6 +63,7 @@ async def receive(block_kib: int, blocks: int) -> None:
     before_s = _cpu_s()
     await asyncio.to_thread(sys.stdin.read)
     used_s = _cpu_s() - before_s
+    assert not hooks.errors, hooks.errors
     assert pool.bytes == bytearray(_CONTENT) * (len(pool.bytes) // len(_CONTENT))
     print(used_s, flush=True)
     await server.stop(0)
@@ -152,8 +85,8 @@ async def send(port: int, block_kib: int, blocks: int, frame_kib: int, streams: 
         on_progress=lambda request_id, epoch: None,
     )  # fmt: skip
     job = HandoffJob(
-        request=_request(blocks), source_instance="p", source_incarnation=1, target_instance="d", target_incarnation=1,
-        fingerprint=common.Fingerprint(model="bench", block_tokens=_TOKENS),
+        request=request_of(blocks), source_instance="p", source_incarnation=1, target_instance="d", target_incarnation=1,
+        fingerprint=FINGERPRINT,
     )  # fmt: skip
     async with AsyncExitStack() as stack:
         channels = [await stack.enter_async_context(open_channel(f"127.0.0.1:{port}")) for _ in range(streams)]
