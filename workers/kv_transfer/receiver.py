@@ -208,6 +208,7 @@ class Receiver:
             expected=expected,
             ticket=ticket,
             reassembly=Reassembly(here.layout, scope, ticket.reused_blocks, len(ticket.block_ids)),
+            scope=scope,
             window_bytes=self._limits.window_bytes,
             room_tokens=room_tokens,
             touched_s=time.monotonic(),
@@ -300,6 +301,7 @@ class Receiver:
     async def _end(self, transfer: Transfer, end: kv.EndFrame) -> kv.Commit:
         if transfer.committing is None:
             here = self._hooks.here()
+            transfer.scope.check_end(end)
             tokens = check_end(end, transfer.expected, here, transfer.room_tokens)
             num_blocks = -(-end.num_tokens // here.layout.block_tokens)
             if not transfer.reassembly.is_whole(num_blocks):

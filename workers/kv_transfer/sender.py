@@ -346,6 +346,7 @@ class Handoff:
             since_prefill_s=time.monotonic() - ending.prefill_ended_s,
             next_logprobs=ending.next_logprobs,
         )
+        end.digest = self._scope.of_end(end)
         self.lifecycle.move(SendState.ENDING)
         await stream.send(encode_other(self._transfer_id, self.job.request.epoch, end))
         commit = await stream.commit()
