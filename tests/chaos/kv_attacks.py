@@ -275,7 +275,7 @@ async def attack_each(cases: Sequence[Case], tries: int, seed: int, in_flight: i
 async def attack_all(cases: Sequence[Case], tries: int, seed: int) -> list[Row]:
     """All cases at once, with one audit at the end."""
     async with attacked_cluster(seed) as run:
-        rows = await asyncio.gather(*(run.attack(case, tries, 1) for case in cases))
+        rows = await asyncio.gather(*(run.attack(case, tries, tries) for case in cases))
         await run.audit(rows)
     return rows
 
