@@ -36,7 +36,7 @@ from tests.support.cluster import (
 from tests.support.processes import process_state
 from tests.support.worker_world import until
 
-STEP_S = 0.15  # of a chunk, and of a decoded token: far longer than a message takes to get around
+STEP_S = 0.2  # of a chunk, and of a decoded token: far longer than a message takes to get around
 CHUNK_TOKENS, BLOCK_TOKENS = 64, 16
 LONG, SHORT, MAX_TOKENS = 8 * CHUNK_TOKENS, CHUNK_TOKENS, 60
 LINGER_S = 0.5  # a client whose connection broke may come back for so long
