@@ -6,6 +6,7 @@
 #   make check   lint, formatting, types, import rules, fresh stubs
 #   make bench   the benchmarks; with ARGS=--list only their names; make bench-NAME runs one
 #   make soak    the tests that take minutes
+#   make attack  a thousand attacks of every kind on the hand-off of KV blocks; prints a table (ARGS="--tries 100 --json")
 #   make gen     protos/gen from protos/autan
 #   make clean   removes .venv and caches
 #
@@ -14,7 +15,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check bench soak gen clean
+.PHONY: help venv demo test check bench soak attack gen clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
@@ -75,6 +76,9 @@ bench-%: $(STAMPS)/dev $(STAMPS)/model
 
 soak: $(STAMPS)/dev $(STAMPS)/model
 	$(PY) -m pytest -m soak $(ARGS)
+
+attack: $(STAMPS)/dev
+	$(PY) -m tests.chaos.kv_attacks $(ARGS)
 
 gen: $(STAMPS)/dev
 	$(PY) -m protos.generate

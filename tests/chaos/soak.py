@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from configs.schema.cluster import ClusterConfig
@@ -16,9 +15,20 @@ from orchestrator.cli.local_cluster import LocalCluster
 from orchestrator.client import AsyncClient
 from protos.contract import errors
 from protos.rpc import open_channel, worker_pb2_grpc
-from protos.wire import common, worker
-from tests.chaos.soak_faults import CENTRAL_WEIGHTS, DISRUPTIVE, STORE_FAULTS, WORKER_WEIGHTS, Fault, Faults, Struck
+from protos.wire import admin, common, worker
+from tests.chaos.soak_faults import (
+    CENTRAL_WEIGHTS,
+    DISRUPTIVE,
+    OPERATOR_WEIGHTS,
+    STOP_WEIGHTS,
+    STORE_FAULTS,
+    WORKER_WEIGHTS,
+    Fault,
+    Faults,
+    Struck,
+)
 from tests.chaos.soak_requests import Kind, Plan, Requester, Seen, draw_plan
+from tests.chaos.soak_usage import ORCHESTRATOR, STORE, Usage
 from tests.support.cluster import instances_of, no_block_left, oracle_config, running
 from tests.support.store import FreshStore
 from tests.support.store_invariants import check_store
@@ -29,12 +39,17 @@ BURST_REQUESTS = 10
 WAIT_S = 60.0  # for the end of any stream
 SETTLE_S = 30.0
 AROUND_STORE_KILL_S = 12.0
-MAX_ORCHESTRATOR_GROWTH_MB = 120.0
-MAX_WORKER_MB = 400.0
-MAX_MORE_FDS = 64  # the pool of connections to Redis may take 32 of them
-MAX_WORKER_FDS = 96
+END_IS_CHECKED_S = 20.0  # after its client was told
+END_IS_KEPT_S = 90.0
 LOG_LINES = 60  # of each worker, shown when something is wrong
-TIMING = {"heartbeat_s": 0.4, "lease_s": 2.0, "kv_lease_s": 3.0, "progress_timeout_s": 4.0, "request_timeout_s": 45.0}
+TIMING = {
+    "heartbeat_s": 0.4,
+    "lease_s": 2.0,
+    "kv_lease_s": 3.0,
+    "progress_timeout_s": 4.0,
+    "request_timeout_s": 45.0,
+    "retain_s": END_IS_KEPT_S,
+}
 ENGINE = {
     "block_tokens": 16, "num_blocks": 224, "max_batch_tokens": 256, "max_running": 8,
     "oracle": {"prefill_tokens_per_s": 20_000.0, "decode_step_s": 0.01},
@@ -42,58 +57,85 @@ ENGINE = {
 ALWAYS = (errors.QueueFull,)
 
 
-def soak_config(seed: int) -> ClusterConfig:
-    """Two prefill and two decode workers with pools for two or three long requests each."""
-    return oracle_config(f"soak{seed}", prefill=2, decode=2, engine=ENGINE, timing=TIMING, scheduling={"max_queued": 24})
+def soak_config(seed: int, workers: int) -> ClusterConfig:
+    """So many prefill and so many decode workers, with pools for two or three long requests each."""
+    return oracle_config(
+        f"soak{seed}", prefill=workers, decode=workers, engine=ENGINE, timing=TIMING, scheduling={"max_queued": 24}
+    )
 
 
 @dataclass
 class Soak:
-    """One run. `report` says afterwards what happened."""
+    """One run. `report` says afterwards what happened.
+
+    With `slopes` there is a third worker of each role that is stopped but never killed, and no process that lives long may
+    grow with the requests that it serves.
+    """
 
     seed: int
     duration_s: float
+    slopes: bool = False
     pause_s: tuple[float, float] = (1.0, 6.0)
     rare_pause_s: tuple[float, float] = (6.0, 20.0)
+    operator_pause_s: tuple[float, float] = (0.5, 3.0)
     report: dict[str, Any] = field(default_factory=dict)
+    _ended: list[tuple[float, Plan]] = field(default_factory=list)  # when their clients were told; checked later
+    _counts: dict[str, Counter[str]] = field(default_factory=lambda: {"kinds": Counter(), "ends": Counter()})
+    _slowest_s: float = 0.0
+
+    @property
+    def streams(self) -> int:
+        """Streams that clients have read so far."""
+        return self._counts["ends"].total()
 
     async def run(self) -> None:
         """Raises AssertionError naming the first thing that is not as it must be."""
-        config = soak_config(self.seed)
+        workers = 3 if self.slopes else 2
+        config = soak_config(self.seed, workers)
         async with running(config) as (cluster, client), AsyncClient(cluster.endpoint) as second:
             requester = Requester(config, client, second, WAIT_S)
             struck: list[Struck] = []
-            faults = [
-                Faults(cluster, random.Random(f"{self.seed}/{who}"), weights, victims, pause_s, struck)
-                for who, weights, victims, pause_s in (
-                    ("0", WORKER_WEIGHTS, ["prefill-0", "decode-0"], self.pause_s),
-                    ("1", WORKER_WEIGHTS, ["prefill-1", "decode-1"], self.pause_s),
-                    ("central", CENTRAL_WEIGHTS, ["the centre"], self.rare_pause_s),
-                )
-            ]
-            usage = Usage(cluster)
+            faults = self._faults(cluster, client, struck)
+            usage = Usage(cluster, lambda: self.streams, workers)
             try:
                 await self._load(requester, faults, struck, usage)
-                self._tell(requester, struck)
-                await self._check_ends(requester, struck)
+                await self._check_ends(requester, struck, everything=True)
+                self._tell(struck, await client.status())
                 await check_quiet(cluster, client)
+                self.report["usage"] = usage.told()
+                if self.slopes:
+                    usage.check_lengths(ORCHESTRATOR, STORE, "prefill-2", "decode-2")
                 await usage.check()
             except BaseException:
                 for name in await cluster.launcher.alive():
                     print(f"--- {name}\n{await cluster.launcher.log_tail(name, LOG_LINES)}")
                 print("--- faults\n" + "\n".join(str(one) for one in struck))
                 raise
-            self.report["usage"] = usage.told()
+
+    def _faults(self, cluster: LocalCluster, client: AsyncClient, struck: list[Struck]) -> list[Faults]:
+        sequences = [
+            ("0", WORKER_WEIGHTS, ["prefill-0", "decode-0"], self.pause_s),
+            ("1", WORKER_WEIGHTS, ["prefill-1", "decode-1"], self.pause_s),
+            ("central", CENTRAL_WEIGHTS, ["the centre"], self.rare_pause_s),
+            ("operator", OPERATOR_WEIGHTS, list(instance_names(cluster.config)), self.operator_pause_s),
+        ]
+        if self.slopes:
+            sequences.append(("2", STOP_WEIGHTS, ["prefill-2", "decode-2"], self.rare_pause_s))
+        return [
+            Faults(cluster, client, random.Random(f"{self.seed}/{who}"), weights, victims, pause_s, struck)
+            for who, weights, victims, pause_s in sequences
+        ]
 
     async def _load(self, requester: Requester, faults: list[Faults], struck: list[Struck], usage: Usage) -> None:
         end_s = time.monotonic() + self.duration_s
         async with asyncio.TaskGroup() as group:
             for one in faults:
                 group.create_task(one.run(end_s))
-            watching = group.create_task(usage.watch())
+            watching = [group.create_task(usage.watch()), group.create_task(self._check_ends_in_time(requester, struck))]
             clients = [group.create_task(self._client(requester, struck, index, end_s)) for index in range(CLIENTS)]
             await asyncio.gather(*clients)
-            watching.cancel()
+            for task in watching:
+                task.cancel()
 
     async def _client(self, requester: Requester, struck: list[Struck], index: int, end_s: float) -> None:
         rng, serial = random.Random(f"{self.seed}/client/{index}"), 0
@@ -105,27 +147,61 @@ class Soak:
             for seen in await asyncio.gather(*(requester.run(plan) for plan in plans)):
                 for one in seen:
                     check_error(one, struck)
+            self._ended += [(time.monotonic(), plan) for plan in plans]
             await asyncio.sleep(pause_s)
 
-    async def _check_ends(self, requester: Requester, struck: list[Struck]) -> None:
-        """Every request has one end, the one that its clients were told."""
-        plans = {one.plan.request_id: one.plan for one in requester.seen}
-        told: dict[str, list[Seen]] = {request_id: [] for request_id in plans}
-        for one in requester.seen:
-            told[one.plan.request_id].append(one)
-        for plan in plans.values():
-            final = await requester.final(plan)
-            check_final(plan, final, told[plan.request_id], struck)
+    async def _check_ends_in_time(self, requester: Requester, struck: list[Struck]) -> None:
+        """As `_check_ends`, again and again, until it is cancelled: so nothing of a request is kept for the whole run."""
+        while True:
+            await asyncio.sleep(1.0)
+            await self._check_ends(requester, struck)
 
-    def _tell(self, requester: Requester, struck: list[Struck]) -> None:
-        ends = Counter(one.reason or ("left" if one.left else type(one.error).__name__) for one in requester.seen)
+    async def _check_ends(self, requester: Requester, struck: list[Struck], *, everything: bool = False) -> None:
+        """Every request has one end, the one that its clients were told. What has not settled yet waits for the next time."""
+        now_s = time.monotonic()
+        settled = [everything or told_s + END_IS_CHECKED_S < now_s for told_s, _ in self._ended]
+        due = [one for one, is_due in zip(self._ended, settled, strict=True) if is_due]
+        self._ended = [one for one, is_due in zip(self._ended, settled, strict=True) if not is_due]
+        for told_s, plan in due:
+            told = requester.of(plan)
+            try:
+                final = await requester.final(plan)
+            except TimeoutError:
+                final = None
+            away = final is not None and isinstance(final.error, errors.UnavailableError)
+            if not everything and (final is None or away):
+                requester.forget_final(plan)
+                is_old = time.monotonic() > told_s + END_IS_KEPT_S - 2 * END_IS_CHECKED_S
+                assert not (is_old and final is None), f"{plan.request_id} ({plan.kind}): it does not end"
+                if not is_old:
+                    self._ended.append((told_s, plan))
+                    continue
+            assert final is not None, f"{plan.request_id} ({plan.kind}): it has no end"
+            check_final(plan, final, told, struck)
+            self._count([*told, final])
+            requester.forget(plan)
+
+    def _count(self, seen: list[Seen]) -> None:
+        for one in seen:
+            self._counts["kinds"][one.plan.kind.value] += 1
+            self._counts["ends"][one.reason or ("left" if one.left else type(one.error).__name__)] += 1
+            self._slowest_s = max(self._slowest_s, one.ended_s - one.started_s)
+
+    def _tell(self, struck: list[Struck], status: admin.StatusReply) -> None:
         self.report |= {
-            "streams": len(requester.seen),
-            "kinds": dict(Counter(one.plan.kind.value for one in requester.seen)),
-            "ends": dict(ends),
+            "streams": self.streams,
+            "kinds": dict(self._counts["kinds"]),
+            "ends": dict(self._counts["ends"]),
             "faults": dict(Counter(one.fault.value for one in struck)),
-            "slowest_s": round(max(one.ended_s - one.started_s for one in requester.seen), 1),
+            "moves": {"begun": status.moves_begun, "done": status.moves_done, "stayed": status.moves_stayed},
+            "slowest_s": round(self._slowest_s, 1),
         }
+
+
+def instance_names(config: ClusterConfig) -> Iterator[str]:
+    """All instances of the cluster file."""
+    for pool in config.pools:
+        yield from (f"{pool.name}-{index}" for index in range(pool.instances))
 
 
 def check_error(seen: Seen, struck: list[Struck]) -> None:
@@ -189,6 +265,10 @@ async def check_quiet(cluster: LocalCluster, client: AsyncClient) -> None:
 
     await until(nothing_kept, "no ledger entry and no unacknowledged token is left", SETTLE_S)
     assert await client.requests() == []
+    reply = await client.verify_kv()
+    assert not reply.unanswered and len(reply.audits) == len(list(instance_names(cluster.config))), reply
+    for one in reply.audits:
+        assert not one.findings and one.books.opened == one.books.released, one
     raw = FreshStore(cluster.store_url, cluster.config.name).raw()
     try:
         picture = check_store(raw)
@@ -214,70 +294,3 @@ async def worker_status(address: str) -> worker.WorkerStatusReply:
         return reply
     finally:
         await channel.close()
-
-
-class Usage:
-    """Memory and descriptors of the orchestrator (this process) and of the workers."""
-
-    def __init__(self, cluster: LocalCluster) -> None:
-        self._cluster = cluster
-        self._first = process_usage(os.getpid())
-        self._worst_worker_mb, self._worst_worker_fds = 0.0, 0
-        self._last = self._first
-        self._told_kinds: dict[str, int] = {}
-
-    async def watch(self) -> None:
-        """Looks every second until it is cancelled."""
-        while True:
-            await asyncio.sleep(1.0)
-            await self._look()
-
-    async def check(self) -> None:
-        """Raises AssertionError for growth beyond the bounds."""
-        await self._look()
-        mb, fds = self._last
-        assert mb - self._first[0] <= MAX_ORCHESTRATOR_GROWTH_MB, f"from {self._first[0]:.0f} to {mb:.0f} MB"
-        assert fds - self._first[1] <= MAX_MORE_FDS, f"from {self._first[1]} to {fds} descriptors: {self._told_kinds}"
-        assert self._worst_worker_mb <= MAX_WORKER_MB, f"a worker had {self._worst_worker_mb:.0f} MB"
-        assert self._worst_worker_fds <= MAX_WORKER_FDS, f"a worker had {self._worst_worker_fds} descriptors"
-
-    def told(self) -> str:
-        """For the report."""
-        (mb, fds), (first_mb, first_fds) = self._last, self._first
-        workers = f"workers up to {self._worst_worker_mb:.0f} MB, {self._worst_worker_fds} fds"
-        return f"orchestrator {first_mb:.0f} to {mb:.0f} MB, {first_fds} to {fds} fds {self._told_kinds}; {workers}"
-
-    async def _look(self) -> None:
-        self._last = process_usage(os.getpid())
-        self._told_kinds = descriptor_kinds(os.getpid())
-        for ranks in (await self._cluster.launcher.alive()).values():
-            for rank in ranks:
-                try:
-                    mb, fds = process_usage(rank.pid)
-                except OSError:
-                    continue
-                self._worst_worker_mb = max(self._worst_worker_mb, mb)
-                self._worst_worker_fds = max(self._worst_worker_fds, fds)
-
-
-def descriptor_kinds(pid: int) -> dict[str, int]:
-    """Open descriptors by kind; sockets by their family and state."""
-    names = {}
-    for table in ("tcp", "tcp6", "unix"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text(encoding="ascii", errors="replace").splitlines()[1:]:
-            fields = line.split()
-            names[fields[6] if table == "unix" else fields[9]] = f"{table}:{fields[5] if table == 'unix' else fields[3]}"
-    found: Counter[str] = Counter()
-    for one in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            target = str(one.readlink())
-        except OSError:
-            continue
-        found[names.get(target[8:-1], "socket:?") if target.startswith("socket:[") else target.split(":", maxsplit=1)[0]] += 1
-    return dict(found)
-
-
-def process_usage(pid: int) -> tuple[float, int]:
-    """Resident MB and open descriptors. Raises OSError when the process is gone."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(list(Path(f"/proc/{pid}/fd").iterdir()))

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from orchestrator.cli.local_cluster import LocalCluster
+from orchestrator.client import AsyncClient
 from orchestrator.runtime.launcher import RankState
+from protos.contract.errors import AutanError
+from protos.wire import common
 from tests.support.cluster import pid_of
 from tests.support.processes import process_state
 from tests.support.worker_world import until
@@ -29,9 +32,13 @@ class Fault(StrEnum):
     STORE_KILL = "store_kill"
     STORE_STOP = "store_stop"  # Redis is there and does not answer
     HANG = "hang"  # the orchestrator does nothing for longer than its leases
+    MIGRATE = "migrate"  # an operator moves a running request
+    DRAIN = "drain"  # an operator drains an instance and takes it back
 
 
 WORKER_WEIGHTS = {Fault.KILL: 50, Fault.SHORT_STOP: 15, Fault.LONG_STOP: 25, Fault.FENCED_STOP: 10}
+STOP_WEIGHTS = {Fault.SHORT_STOP: 60, Fault.LONG_STOP: 40}
+OPERATOR_WEIGHTS = {Fault.MIGRATE: 80, Fault.DRAIN: 20}
 CENTRAL_WEIGHTS = {Fault.STORE_KILL: 40, Fault.STORE_STOP: 40, Fault.HANG: 20}
 DISRUPTIVE = {Fault.KILL, Fault.LONG_STOP, Fault.FENCED_STOP, Fault.STORE_STOP, Fault.STORE_KILL}
 STORE_FAULTS = {Fault.STORE_KILL, Fault.STORE_STOP}
@@ -58,6 +65,7 @@ class Faults:
     def __init__(
         self,
         cluster: LocalCluster,
+        client: AsyncClient,
         rng: random.Random,
         weights: dict[Fault, int],
         victims: list[str],
@@ -66,6 +74,7 @@ class Faults:
     ) -> None:
         """`struck` is where all sequences of a run note what they did."""
         self._cluster = cluster
+        self._client = client
         self._rng = rng
         self._weights = weights
         self._victims = victims
@@ -87,8 +96,14 @@ class Faults:
         """One fault; `share` in [0, 1) sets how long a stop lasts. Returns when the victim serves again."""
         timing = self._cluster.config.timing
         struck = Struck(fault, victim)
+        if fault is Fault.MIGRATE:
+            struck.victim = await self._migrate(share)
+            if not struck.victim:
+                return  # nothing that could be moved runs
         self._struck.append(struck)
         match fault:
+            case Fault.DRAIN:
+                await self._drain(victim, 1.0 + 3.0 * share)
             case Fault.KILL:
                 await self._kill(victim)
             case Fault.STORE_KILL:
@@ -119,6 +134,42 @@ class Faults:
             return rank.state is RankState.RUNNING and rank.pid != before.pid and rank.restarts > before.restarts
 
         await until(runs_again, f"{victim} is started again", BACK_WITHIN_S)
+
+    async def _migrate(self, share: float) -> str:
+        """The request whose move has begun: its epoch is that of the move. Empty when none could be moved."""
+        targets = sorted(pool.name for pool in self._cluster.config.pools if pool.role != "prefill")
+        try:
+            running = [one for one in await self._client.requests() if one.state == "DECODING"]
+            names = [name for name in await self._cluster.launcher.alive() if name.rsplit("-", 1)[0] in targets]
+            if not running:
+                return ""
+            one = running[int(share * len(running))]
+            others = [name for name in names if name != one.decode_instance]
+            epoch = await self._client.migrate(one.request_id, others[int(share * len(others))])
+        except AutanError:
+            return ""  # it ended, the target is away, or the store is: nothing has begun
+        assert epoch > one.epoch, f"{one.request_id}: the move has epoch {epoch}, the request had {one.epoch}"
+        return one.request_id
+
+    async def _drain(self, victim: str, seconds: float) -> None:
+        """Proof: the registry says DRAINING; the instance takes work again afterwards, under whatever incarnation."""
+        drained = False
+
+        async def is_on(on: bool, state: int) -> bool:
+            try:
+                await self._client.drain(victim, on)
+                found = {one.instance_id: one.state for one in (await self._client.status()).instances}
+            except AutanError:
+                return False  # the store is away
+            return found.get(victim) == state
+
+        try:
+            await until(lambda: is_on(True, common.INSTANCE_STATE_DRAINING), f"{victim} drains", BACK_WITHIN_S)
+            drained = True
+            await asyncio.sleep(seconds)
+        finally:
+            await until(lambda: is_on(False, common.INSTANCE_STATE_READY), f"{victim} takes work again", BACK_WITHIN_S)
+        assert drained
 
     async def _stop(self, victim: str, seconds: float) -> None:
         await self._stop_process(await pid_of(self._cluster, victim), victim, seconds)

@@ -133,16 +133,26 @@ class Requester:
 
     async def run(self, plan: Plan) -> list[Seen]:
         """One request with everything that its kind asks for, and how it ended in the end."""
-        before = len(self.seen)
         try:
             async with asyncio.timeout(self._wait_s):
                 mine = await self._act(plan)
         except TimeoutError:
             raise AssertionError(f"{plan.request_id} ({plan.kind}): no end in {self._wait_s} s") from None
-        assert len(self.seen) >= before
         for one in mine:
             one.check(self._config)
         return mine
+
+    def of(self, plan: Plan) -> list[Seen]:
+        """Every stream of a request."""
+        return [one for one in self.seen if one.plan is plan]
+
+    def forget(self, plan: Plan) -> None:
+        """Keeps nothing of a request."""
+        self.seen = [one for one in self.seen if one.plan is not plan]
+
+    def forget_final(self, plan: Plan) -> None:
+        """Keeps nothing of what was read by `final`: it comes again."""
+        self.seen = [one for one in self.seen if one.plan is not plan or one.what != "final"]
 
     async def final(self, plan: Plan) -> Seen:
         """What a client that comes afterwards is told, from the first token on."""

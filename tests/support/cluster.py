@@ -45,14 +45,14 @@ def oracle_config(
 
 @asynccontextmanager
 async def running(
-    config: ClusterConfig, failpoints: dict[str, dict[str, str]] | None = None
+    config: ClusterConfig, failpoints: dict[str, dict[str, str]] | None = None, api_key: str | None = None
 ) -> AsyncIterator[tuple[LocalCluster, AsyncClient]]:
     """A started cluster and a client of it; both are gone afterwards."""
     home = Path(tempfile.mkdtemp(prefix="autan-"))  # short: the store's socket lives below it
     try:
         async with (
             LocalCluster(config, make_launcher, home=home, failpoints=failpoints) as cluster,
-            AsyncClient(cluster.endpoint) as client,
+            AsyncClient(cluster.endpoint, api_key=api_key) as client,
         ):
             yield cluster, client
     finally:

@@ -8,11 +8,14 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import redis
 
 from protos.contract.redis_names import base_key
 from protos.rpc import GuardInterceptor, error_of, kv_pb2_grpc, open_channel, server_options
 from protos.wire import kv
 from tests.support.worker_world import WorkerWorld
+
+_CUT = object()
 
 Mutate = Callable[[int, kv.PushFrame], list[kv.PushFrame] | None]
 
@@ -25,6 +28,9 @@ class FaultyWire(kv_pb2_grpc.KvTransferServicer):
     def __init__(self, target: str) -> None:
         self._channel = open_channel(target)
         self._stub: Any = kv_pb2_grpc.KvTransferStub(self._channel)
+        self._push = self._channel.stream_stream(
+            "/autan.v1.KvTransfer/Push", request_serializer=_serialised, response_deserializer=kv.PushReply.FromString
+        )
         self._server: Any = None
         self.address = ""
         self.mutate: Mutate = lambda n, frame: [frame]
@@ -67,23 +73,17 @@ class FaultyWire(kv_pb2_grpc.KvTransferServicer):
 
     async def Push(self, request_iterator: AsyncIterator[kv.PushFrame], context: Any) -> AsyncIterator[kv.PushReply]:
         self.streams += 1
-        call = self._stub.Push()
-        cut = asyncio.Event()
+        call = self._push()
         replies: asyncio.Queue[Any] = asyncio.Queue()
         tasks = [
-            asyncio.create_task(self._feed(request_iterator, call, cut)),
+            asyncio.create_task(self._feed(request_iterator, call, replies)),
             asyncio.create_task(self._collect(call, replies)),
         ]
         try:
             while True:
-                reading = asyncio.create_task(replies.get())
-                cutting = asyncio.create_task(cut.wait())
-                await asyncio.wait({reading, cutting}, return_when=asyncio.FIRST_COMPLETED)
-                cutting.cancel()
-                if cut.is_set():
-                    reading.cancel()
+                reply = await replies.get()
+                if reply is _CUT:
                     await self._cut(context)
-                reply = await reading
                 if reply is grpc.aio.EOF:
                     return
                 if isinstance(reply, grpc.RpcError):
@@ -109,14 +109,14 @@ class FaultyWire(kv_pb2_grpc.KvTransferServicer):
                 last = error
             replies.put_nowait(last)
 
-    async def _feed(self, frames: AsyncIterator[kv.PushFrame], call: Any, cut: asyncio.Event) -> None:
+    async def _feed(self, frames: AsyncIterator[kv.PushFrame], call: Any, replies: asyncio.Queue[Any]) -> None:
         async for frame in frames:
             changed = self.mutate(self.frames, frame)
             self.frames += 1
             if changed is None:
                 if self.before_cut is not None:
                     await self.before_cut()
-                cut.set()
+                replies.put_nowait(_CUT)
                 return
             for one in changed:
                 await call.write(one)
@@ -131,13 +131,23 @@ async def put_wire(world: WorkerWorld, instance_id: str) -> FaultyWire:
     """From now on whoever is told to hand over to this instance reaches it through the wire. Stop it at the end."""
     wire = FaultyWire(world.hosts[instance_id].address)
     await wire.start()
-    key = f"{base_key(world.fresh.cluster)}:i:{instance_id}"
-    raw = world.fresh.raw()
-    try:
-        raw.redis.hset(key, "addr", wire.address)
-    finally:
-        raw.close()
+    reroute(world.fresh.url, world.fresh.cluster, instance_id, wire.address)
     return wire
+
+
+def reroute(url: str, cluster: str, instance_id: str, address: str) -> str:
+    """From now on this is the address of the instance in Redis; returns the one before."""
+    key = f"{base_key(cluster)}:i:{instance_id}"
+    with redis.Redis.from_url(url, socket_timeout=10, protocol=2) as store:
+        before = store.hget(key, "addr")
+        store.hset(key, "addr", address)
+    assert isinstance(before, bytes)
+    return before.decode()
+
+
+def _serialised(message: kv.PushFrame | bytes) -> bytes:
+    """What a test made by hand goes out as it is."""
+    return message if isinstance(message, bytes) else message.SerializeToString()
 
 
 def flip(frame: kv.PushFrame) -> kv.PushFrame:

@@ -56,6 +56,7 @@ class Commitments:
         transfer = at.transfer
         if transfer.committing is None:
             here = self._hooks.here()
+            transfer.scope.check_end(end)
             tokens = check_end(end, transfer.expected, here, transfer.room_tokens)
             num_blocks = -(-end.num_tokens // here.layout.block_tokens)
             await self._until_whole(at, num_blocks)

@@ -1,12 +1,17 @@
-"""Digests of layer groups: they bind bytes to a place, so a swapped, stale or foreign block does not verify."""
+"""Digests of layer groups and of the end: they bind bytes to a place, so a swapped, stale or foreign block does not verify."""
 
 from __future__ import annotations
 
+import hmac
 import struct
 
 import xxhash
 
+from protos.contract.errors import BadFrame, DigestMismatch
+from protos.wire import kv
+
 DIGEST_BYTES = 16
+_END = b"end"
 
 
 class DigestScope:
@@ -26,3 +31,19 @@ class DigestScope:
         digest = self.start(block_index, group)
         digest.update(data)
         return bytes(digest.digest())
+
+    def of_end(self, end: kv.EndFrame) -> bytes:
+        """The digest of an end frame: everything in it but its digest. No block has the same."""
+        numbers = struct.pack("<QQd", end.num_tokens, end.first_output_index, end.since_prefill_s)
+        parts = (end.next_token_ids, end.timeline.SerializeToString(deterministic=True), *end.next_logprobs)
+        digest = xxhash.xxh3_128(self._prefix + _END + numbers)
+        for part in parts:
+            digest.update(struct.pack("<I", len(part)) + part)
+        return bytes(digest.digest())
+
+    def check_end(self, end: kv.EndFrame) -> None:
+        """Raises BadFrame for an end without a digest, DigestMismatch for one that is not as its sender made it."""
+        if len(end.digest) != DIGEST_BYTES:
+            raise BadFrame(f"end: a digest of {len(end.digest)} bytes, it has {DIGEST_BYTES}")
+        if not hmac.compare_digest(self.of_end(end), end.digest):
+            raise DigestMismatch("end: it is not the one that was sent")

@@ -95,6 +95,7 @@ class Reservations:
             make_reassembly=lambda stream, streams, first: Reassembly(
                 here.layout, scope, first_at(stream, streams, first), len(ticket.block_ids), streams
             ),
+            scope=scope,
             window_bytes=self._limits.window_bytes,
             room_tokens=room_tokens,
             touched_s=time.monotonic(),

@@ -236,7 +236,7 @@ class Handoff:
             timeline.handoff_s = self._measures.busy_s
             timeline.handoff_hidden_s = self._measures.busy_before_s(ending.prefill_ended_s)
         self.lifecycle.move(SendState.ENDING)
-        return kv.EndFrame(
+        end = kv.EndFrame(
             num_tokens=self.job.num_tokens if ending.num_tokens is None else ending.num_tokens,
             next_token_ids=pack_tokens(ending.next_token_ids),
             first_output_index=ending.first_output_index,
@@ -244,6 +244,8 @@ class Handoff:
             since_prefill_s=time.monotonic() - ending.prefill_ended_s,
             next_logprobs=ending.next_logprobs,
         )
+        end.digest = self._scope.of_end(end)
+        return end
 
     async def _is_committed(self) -> bool:
         request = self.job.request

@@ -12,6 +12,7 @@ from protos.wire import common, kv
 from workers.engine_api.types import ImportTicket
 from workers.kv_transfer.bell import Bell
 from workers.kv_transfer.claims import Expectation
+from workers.kv_transfer.digest import DigestScope
 from workers.kv_transfer.frames import Reassembly
 from workers.kv_transfer.hooks import Arrived
 from workers.kv_transfer.ledger import Key, Side
@@ -26,6 +27,7 @@ class Transfer:
     expected: Expectation
     ticket: ImportTicket
     make_reassembly: Callable[[int, int, int], Reassembly]
+    scope: DigestScope
     window_bytes: int
     room_tokens: int  # KV rows that blocks were reserved for
     touched_s: float

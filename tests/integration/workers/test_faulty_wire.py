@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from configs.schema.network import NetworkConfig
+from protos.contract.redis_names import pack_tokens, unpack_tokens
 from protos.wire import kv
 from tests.support.kv_wire import FaultyWire, Mutate, flip, put_wire
 from tests.support.store import FreshStore
@@ -48,6 +49,24 @@ def test_a_flipped_bit_is_sent_again_from_the_source(fresh_store: FreshStore, nt
         wire.mutate = once(nth, lambda frame: [flip(frame)])
         got = await world.answered(await send(world))
         assert wire.opens == 2 and got.timelines[-1].attempts == 0
+        await world.clean()
+
+    with_wire(fresh_store, scenario)
+
+
+def test_a_changed_first_token_is_sent_again_from_the_source(fresh_store: FreshStore) -> None:
+    def other_token(frame: kv.PushFrame) -> list[kv.PushFrame]:
+        changed = kv.PushFrame()
+        changed.CopyFrom(frame)
+        token = unpack_tokens(changed.end.next_token_ids)[0]
+        changed.end.next_token_ids = pack_tokens([token ^ 1])
+        return [changed]
+
+    async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
+        wire.mutate = once(13, other_token)  # behind 13 blocks
+        got = await world.answered(await send(world))
+        assert wire.opens == 2 and got.timelines[-1].attempts == 0
+        assert not got.refused, "no ingress ever saw the changed token"
         await world.clean()
 
     with_wire(fresh_store, scenario)

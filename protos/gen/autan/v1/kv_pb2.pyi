@@ -92,20 +92,22 @@ class BlockFrame(_message.Message):
     def __init__(self, block_index: _Optional[int] = ..., layer_group: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class EndFrame(_message.Message):
-    __slots__ = ("num_tokens", "next_token_ids", "first_output_index", "timeline", "since_prefill_s", "next_logprobs")
+    __slots__ = ("num_tokens", "next_token_ids", "first_output_index", "timeline", "since_prefill_s", "next_logprobs", "digest")
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEXT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FIRST_OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
     SINCE_PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     NEXT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     num_tokens: int
     next_token_ids: bytes
     first_output_index: int
     timeline: _common_pb2.Timeline
     since_prefill_s: float
     next_logprobs: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, num_tokens: _Optional[int] = ..., next_token_ids: _Optional[bytes] = ..., first_output_index: _Optional[int] = ..., timeline: _Optional[_Union[_common_pb2.Timeline, _Mapping]] = ..., since_prefill_s: _Optional[float] = ..., next_logprobs: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    digest: bytes
+    def __init__(self, num_tokens: _Optional[int] = ..., next_token_ids: _Optional[bytes] = ..., first_output_index: _Optional[int] = ..., timeline: _Optional[_Union[_common_pb2.Timeline, _Mapping]] = ..., since_prefill_s: _Optional[float] = ..., next_logprobs: _Optional[_Iterable[bytes]] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class PushReply(_message.Message):
     __slots__ = ("credit_bytes", "commit", "refused")
