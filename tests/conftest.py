@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from hypothesis import settings
+
 from tests.support.command import autan
 from tests.support.demo_model import demo_model_dir
 from tests.support.store import embedded_valkey, fresh_store
 
 __all__ = ["autan", "demo_model_dir", "embedded_valkey", "fresh_store"]
+
+# No test fails for being slow on a busy machine.
+settings.register_profile("autan", deadline=None)
+settings.load_profile("autan")

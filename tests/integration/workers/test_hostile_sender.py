@@ -13,11 +13,12 @@ import pytest
 from protos.contract.errors import AutanError
 from protos.contract.redis_names import pack_tokens
 from protos.rpc import error_of, kv_pb2_grpc, open_channel
-from protos.wire import common, kv
+from protos.wire import common, fingerprint_key, kv
 from tests.support.kv_wire import FaultyWire, put_wire
 from tests.support.store import FreshStore
 from tests.support.worker_world import BLOCK_TOKENS, TIMING, WorkerWorld, prompt, until, worker_world
 from workers.kv_transfer.block_names import sequence_hashes
+from workers.kv_transfer.digest import DigestScope
 from workers.service.host import WorkerHost
 
 BLOCKS = 4
@@ -197,6 +198,8 @@ def test_an_end_without_its_blocks_is_no_end(fresh_store: FreshStore) -> None:
     async def scenario(forge: Forger) -> None:
         reply = await forge.open()
         end = kv.EndFrame(num_tokens=TOKENS, next_token_ids=pack_tokens([5]), first_output_index=0)
+        fingerprint = forge.d.status().card.fingerprint
+        end.digest = DigestScope(fingerprint_key(fingerprint), forge.request_id, forge.epoch).of_end(end)
         frame = kv.PushFrame(transfer_id=reply.transfer_id, epoch=forge.epoch, end=end)
         assert await forge.push([frame]) == "BAD_FRAME"
         assert await forge.push([frame]) == "STALE_EPOCH", "the transfer is gone"

@@ -98,6 +98,7 @@ class Side:
     def end(self, reply: kv.OpenReply, stream: int) -> PushMessage:
         """The right end."""
         end = kv.EndFrame(num_tokens=self.blocks * BLOCK_TOKENS, next_token_ids=pack_tokens([5]), first_output_index=0)
+        end.digest = SCOPE.of_end(end)
         return PushMessage(reply.transfer_id, 1, end=end, stream=stream)
 
     async def push(self, queues: list[list[PushMessage]], rng: random.Random, *, hold_open: bool = True) -> list[str]:
