@@ -136,6 +136,7 @@ class Handoff:
     def __init__(self, job: HandoffJob, channel: grpc.aio.Channel, context: SendContext) -> None:
         self.job = job
         self.lifecycle: Lifecycle[SendState] = sending()
+        self._channel = channel  # it closes when nobody has it any more
         self._stub = _stub(channel)
         self._push_call = _push_call(channel)
         self._context = context

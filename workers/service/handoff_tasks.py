@@ -7,12 +7,12 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc.aio
 
 from protos.contract.errors import AutanError, Cancelled, EngineFailure, InternalError
-from protos.rpc import open_channel
+from protos.rpc import Dialer
 from protos.wire import common
 from workers.kv_transfer.ledger import Entry, Key, Ledger, Side
 from workers.kv_transfer.lifecycle import SendState
@@ -58,17 +58,18 @@ class HandoffTasks:
         engine: EngineThread,
         ledger: Ledger,
         context: SendContext,
-        channel_options: list[tuple[str, Any]],
+        dialer: Dialer,
         reach: Callable[[str], Awaitable[None]],
     ) -> None:
         self._me = me
         self._engine = engine
         self._ledger = ledger
         self._context = context
-        self._options = channel_options
+        self._dialer = dialer
         self._reach = reach
         self._running: dict[Key, _Running] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._generation = dialer.generation
         self._tasks = TaskSet()
 
     def __len__(self) -> int:
@@ -195,10 +196,14 @@ class HandoffTasks:
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """The connection to a peer; closed with the others."""
+        if self._generation != self._dialer.generation:
+            # Other certificates are in force. A hand-off that runs keeps its channel, which closes with its last user.
+            self._channels.clear()
+            self._generation = self._dialer.generation
         channel = self._channels.get(address)
         if channel is None:
             self._close_unused_channels()
-            channel = self._channels[address] = open_channel(address, self._options)
+            channel = self._channels[address] = self._dialer.open(address)
         return channel
 
     def _close_unused_channels(self) -> None:

@@ -1,0 +1,74 @@
+"""The certificates of an ingress: what its two listeners show and ask for, and how it dials workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from configs.address import Address
+from configs.schema.network import IngressConfig, NetworkConfig
+from orchestrator.ingress.clock import wall_clock_s
+from protos.certificates import TlsFiles
+from protos.contract.errors import ConfigError
+from protos.contract.identity import PeerGate, PeerIdentity, PeerRole
+from protos.rpc import Dialer, channel_options
+from protos.tls import Certificates, cluster_certificates
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """One listener: its credentials (none: plain), and who looks at the certificates that callers show (none: nobody)."""
+
+    credentials: grpc.ServerCredentials | None = None
+    gate: PeerGate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IngressSecurity:
+    """The doors of the ingress, and the way from it to the workers."""
+
+    clients: Door
+    workers: Door
+    to_workers: Dialer
+
+
+def security_of(cluster: str, network: NetworkConfig, ingress: IngressConfig) -> IngressSecurity:
+    """What the cluster file says. Raises ConfigError for certificates that cannot be used."""
+    options = channel_options(network.max_message_bytes, network.keepalive_s, network.ping_timeout_s)
+    tls = network.tls
+    if tls is None:
+        return IngressSecurity(_own_door(ingress) or Door(), Door(), Dialer(options))
+    certificates = cluster_certificates(
+        ca=tls.ca, cert=tls.orchestrator.cert, key=tls.orchestrator.key,
+        cluster=cluster, role=PeerRole.ORCHESTRATOR, wall_clock_s=wall_clock_s,
+    )  # fmt: skip
+
+    def door() -> Door:  # credentials are one listener's: gRPC takes their first certificate once
+        return Door(certificates.server_credentials(), PeerGate(cluster))
+
+    to_workers = Dialer(options, certificates.trust(PeerIdentity(cluster, PeerRole.WORKER)))
+    return IngressSecurity(_own_door(ingress) or door(), door(), to_workers)
+
+
+def sink_host(network: NetworkConfig, node_address: str | None) -> str:
+    """Where workers bring tokens. Raises ConfigError for a host that other machines reach, without TLS or `insecure`."""
+    if network.bind == "loopback":
+        return "127.0.0.1"
+    host = node_address or "127.0.0.1"
+    if not Address(host=host).is_local and network.tls is None and not network.insecure:
+        raise ConfigError(
+            f"network.bind: node: workers would dial {host} without TLS; set network.tls, use loopback, "
+            "or say network.insecure: true"
+        )
+    return host
+
+
+def _own_door(ingress: IngressConfig) -> Door | None:
+    """The front door with a certificate of its own: the API key says who calls, so no gate looks at certificates."""
+    own = ingress.tls
+    if own is None:
+        return None
+    files = TlsFiles(Path(own.client_ca) if own.client_ca else None, Path(own.cert), Path(own.key))
+    return Door(Certificates(files, wall_clock_s).server_credentials(ask_clients=own.client_ca is not None))
