@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from configs.address import Address
 from configs.schema.network import NetworkConfig
@@ -24,6 +24,7 @@ from orchestrator.ingress.security import security_of, sink_host
 from orchestrator.ingress.tasks import end_tasks
 from orchestrator.store.client import Store
 from protos.contract.errors import AutanError
+from protos.health import HealthServicer
 from protos.rpc import GuardInterceptor, admin_pb2_grpc, inference_pb2_grpc, server_options, tokens_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -32,14 +33,6 @@ SERVICE = "autan.v1.Inference"
 _HEALTH_EVERY_S = 0.2
 _LAST_COMMIT_S = 1.0
 _SPARE_CALLS = 256  # unary calls beside the streams
-
-
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """grpc.health.v1; List is left out by the library, and said so instead of failing."""
-
-    async def List(self, request: Any, context: Any) -> None:
-        """UNIMPLEMENTED."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask Check or Watch")
 
 
 class IngressServer:
@@ -124,7 +117,7 @@ class IngressServer:
         )
         await parts.owner.register()
         self._parts = parts
-        self._health = _Health()
+        self._health = HealthServicer()
         inference_pb2_grpc.add_InferenceServicer_to_server(parts.service, self._clients)  # type: ignore[no-untyped-call]
         admin_pb2_grpc.add_AdminServicer_to_server(parts.admin, self._clients)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._clients)

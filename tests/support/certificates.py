@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,6 +18,7 @@ from configs.schema.network import TlsConfig
 from orchestrator.cli.lab_ca import LabCa, Pair
 from protos.certificates import TlsFiles
 from protos.contract.identity import PeerIdentity, PeerRole
+from protos.tls import Certificates
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,18 @@ class Lab:
         """What the holder of a pair shows and believes."""
         at = self.ca.directory
         return TlsFiles(self.ca.path, at / f"{name}.pem", at / f"{name}.key")
+
+
+class Showing(Certificates):
+    """Shows what the files hold, however bad; the product's own refuses to start with such."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._shown = files
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        files = self._shown
+        ca, key, cert = (None if path is None else path.read_bytes() for path in (files.ca, files.key, files.cert))
+        return grpc.ssl_channel_credentials(ca, key, cert)
 
 
 def a_lab(directory: Path, cluster: str) -> Lab:
