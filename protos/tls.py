@@ -18,7 +18,7 @@ import grpc
 
 from protos.certificates import TlsBundle, TlsFiles, read_bundle
 from protos.contract.errors import ConfigError
-from protos.contract.identity import PeerIdentity, PeerRole
+from protos.contract.identity import PeerIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Certificates:
         self._seen = _stamp(files)
         self._bundle = read_bundle(files, wall_clock_s(), identity)
         self._generation = 1
+        self.problem = ""  # why files that changed are not used; empty while they are
 
     @property
     def identity(self) -> PeerIdentity | None:
@@ -87,9 +88,11 @@ class Certificates:
         try:
             self._bundle = read_bundle(self._files, self._wall_clock_s(), self._expected)
         except ConfigError as error:
+            self.problem = error.message
             logger.error("changed certificates are not used, those from before stay in force: %s", error)
             return
         self._generation += 1
+        self.problem = ""
         logger.info("certificates were read again: %s", names)
 
 
@@ -112,13 +115,6 @@ class Trust:
     def channel_options(self) -> list[tuple[str, Any]]:
         """The name that the server's certificate must have, when it is not the address."""
         return [] if self.server is None else [("grpc.ssl_target_name_override", self.server.server_name)]
-
-
-def cluster_certificates(
-    *, ca: str, cert: str, key: str, cluster: str, role: PeerRole, wall_clock_s: Callable[[], float]
-) -> Certificates:
-    """The certificates of one role of a cluster. Raises ConfigError."""
-    return Certificates(TlsFiles(Path(ca), Path(cert), Path(key)), wall_clock_s, PeerIdentity(cluster, role))
 
 
 def _configuration(bundle: TlsBundle) -> Any:

@@ -10,6 +10,7 @@ from orchestrator.domain.clock import Clock, SystemClock
 from orchestrator.ingress.admin_service import AdminService
 from orchestrator.ingress.adopt import Adopter
 from orchestrator.ingress.auth import Authoriser
+from orchestrator.ingress.certificate_checks import CertificateChecks
 from orchestrator.ingress.departures import Departures
 from orchestrator.ingress.diagnosis import Doctor
 from orchestrator.ingress.intake import Intake
@@ -87,6 +88,7 @@ def assemble(
     on_shutdown: Callable[[float], None],
     clock: Clock | None = None,
     workers: Dialer | None = None,
+    certificates: CertificateChecks | None = None,
     sign_move: SignMove = unsigned_move,
 ) -> Parts:
     """Makes the parts; nothing runs yet."""
@@ -113,7 +115,7 @@ def assemble(
         gauges=gauges,
         on_shutdown=on_shutdown,
         kv=KvAdmin(calls),
-        doctor=Doctor(store, calls, settings.version, sink_address),
+        doctor=Doctor(store, calls, settings.version, sink_address, certificates),
         mover=Mover(store, settings.max_migrations, sign_move),
     )
     return Parts(

@@ -9,12 +9,13 @@ import grpc
 
 from configs.address import Address
 from configs.schema.network import IngressConfig, NetworkConfig
+from orchestrator.ingress.certificate_checks import CertificateChecks
 from orchestrator.ingress.clock import wall_clock_s
 from protos.certificates import TlsFiles
 from protos.contract.errors import ConfigError
 from protos.contract.identity import PeerGate, PeerIdentity, PeerRole
 from protos.rpc import Dialer, channel_options
-from protos.tls import Certificates, cluster_certificates
+from protos.tls import Certificates
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +33,30 @@ class IngressSecurity:
     clients: Door
     workers: Door
     to_workers: Dialer
+    checks: CertificateChecks | None = None  # for the doctor; none: there are no certificates
 
 
 def security_of(cluster: str, network: NetworkConfig, ingress: IngressConfig) -> IngressSecurity:
     """What the cluster file says. Raises ConfigError for certificates that cannot be used."""
     options = channel_options(network.max_message_bytes, network.keepalive_s, network.ping_timeout_s)
-    tls = network.tls
+    own, tls = _own_certificates(ingress), network.tls
+    front = None
+    if own is not None and ingress.tls is not None:
+        # The API key says who calls, so no gate looks at certificates.
+        front = Door(own.server_credentials(ask_clients=ingress.tls.client_ca is not None))
+    named = {} if own is None else {"ingress": own}
     if tls is None:
-        return IngressSecurity(_own_door(ingress) or Door(), Door(), Dialer(options))
-    certificates = cluster_certificates(
-        ca=tls.ca, cert=tls.orchestrator.cert, key=tls.orchestrator.key,
-        cluster=cluster, role=PeerRole.ORCHESTRATOR, wall_clock_s=wall_clock_s,
-    )  # fmt: skip
+        checks = CertificateChecks(named, None, cluster) if named else None
+        return IngressSecurity(front or Door(), Door(), Dialer(options), checks)
+    files = TlsFiles(Path(tls.ca), Path(tls.orchestrator.cert), Path(tls.orchestrator.key))
+    certificates = Certificates(files, wall_clock_s, PeerIdentity(cluster, PeerRole.ORCHESTRATOR))
 
     def door() -> Door:  # credentials are one listener's: gRPC takes their first certificate once
         return Door(certificates.server_credentials(), PeerGate(cluster))
 
     to_workers = Dialer(options, certificates.trust(PeerIdentity(cluster, PeerRole.WORKER)))
-    return IngressSecurity(_own_door(ingress) or door(), door(), to_workers)
+    checks = CertificateChecks({"orchestrator": certificates, **named}, files, cluster)
+    return IngressSecurity(front or door(), door(), to_workers, checks)
 
 
 def sink_host(network: NetworkConfig, node_address: str | None) -> str:
@@ -65,10 +72,8 @@ def sink_host(network: NetworkConfig, node_address: str | None) -> str:
     return host
 
 
-def _own_door(ingress: IngressConfig) -> Door | None:
-    """The front door with a certificate of its own: the API key says who calls, so no gate looks at certificates."""
+def _own_certificates(ingress: IngressConfig) -> Certificates | None:
     own = ingress.tls
     if own is None:
         return None
-    files = TlsFiles(Path(own.client_ca) if own.client_ca else None, Path(own.cert), Path(own.key))
-    return Door(Certificates(files, wall_clock_s).server_credentials(ask_clients=own.client_ca is not None))
+    return Certificates(TlsFiles(Path(own.client_ca) if own.client_ca else None, Path(own.cert), Path(own.key)), wall_clock_s)

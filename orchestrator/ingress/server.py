@@ -114,6 +114,7 @@ class IngressServer:
             on_shutdown=self._on_shutdown,
             sign_move=self._sign_move,
             workers=security.to_workers,
+            certificates=security.checks,
         )
         await parts.owner.register()
         self._parts = parts

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
 
 from configs.address import parse_address
 from configs.worker_spec import WorkerSpec
+from protos.certificates import TlsFiles
 from protos.contract.errors import ConfigError
 from protos.contract.identity import PeerGate, PeerIdentity, PeerRole
 from protos.rpc import Dialer, GuardInterceptor, channel_options, server_options
-from protos.tls import cluster_certificates
+from protos.tls import Certificates
 from workers.service.clock import wall_clock_s
 
 _MAX_CONCURRENT_RPCS = 4096
@@ -50,10 +52,10 @@ class Wire:
         network, tls = spec.network, spec.network.tls
         self._network = network
         options = channel_options(network.max_message_bytes, network.keepalive_s, network.ping_timeout_s)
-        self._certificates = None if tls is None else cluster_certificates(
-            ca=tls.ca, cert=tls.worker.cert, key=tls.worker.key,
-            cluster=spec.cluster, role=PeerRole.WORKER, wall_clock_s=wall_clock_s,
-        )  # fmt: skip
+        self._certificates: Certificates | None = None
+        if tls is not None:
+            files = TlsFiles(Path(tls.ca), Path(tls.worker.cert), Path(tls.worker.key))
+            self._certificates = Certificates(files, wall_clock_s, PeerIdentity(spec.cluster, PeerRole.WORKER))
         self._gate = None if tls is None else PeerGate(spec.cluster)
 
         def dialer(role: PeerRole) -> Dialer:
