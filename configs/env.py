@@ -4,6 +4,9 @@
     AUTAN_MODEL_CACHE  imported models                     absolute path, default AUTAN_HOME/models
     AUTAN_ENDPOINT     where commands and clients connect  host:port or unix:///path, default: the local cluster
     AUTAN_API_KEY      key of commands and clients         printable ASCII, default: none
+    AUTAN_TLS_CA       CA of the server at AUTAN_ENDPOINT  absolute path, default: the server has no TLS
+    AUTAN_TLS_CERT     certificate that clients show it    absolute path, with AUTAN_TLS_KEY; default: none
+    AUTAN_TLS_KEY      key of that certificate             absolute path
     AUTAN_NATIVE       native CPU kernels                  on or off; default on where the machine can have them
     AUTAN_LOG_LEVEL    of every process                    debug, info, warning or error; default info
 
@@ -24,6 +27,9 @@ HOME = "AUTAN_HOME"
 MODEL_CACHE = "AUTAN_MODEL_CACHE"
 ENDPOINT = "AUTAN_ENDPOINT"
 API_KEY = "AUTAN_API_KEY"
+TLS_CA = "AUTAN_TLS_CA"
+TLS_CERT = "AUTAN_TLS_CERT"
+TLS_KEY = "AUTAN_TLS_KEY"
 LOG_LEVEL = "AUTAN_LOG_LEVEL"
 NATIVE = "AUTAN_NATIVE"
 
@@ -57,6 +63,16 @@ def api_key() -> str | None:
     if value is not None and not (value.isascii() and value.isprintable()):
         raise ConfigError(f"{API_KEY}: a key is printable ASCII; check for a line break or a stray character")
     return value
+
+
+def client_tls() -> tuple[Path | None, Path | None, Path | None]:
+    """CA, certificate and key with which clients reach a server that has TLS; no CA: it has none."""
+    ca, cert, key = _path(TLS_CA), _path(TLS_CERT), _path(TLS_KEY)
+    if (cert is None) != (key is None):
+        raise ConfigError(f"{TLS_CERT} and {TLS_KEY}: a certificate goes with its key; set both or neither")
+    if cert is not None and ca is None:
+        raise ConfigError(f"{TLS_CERT}: without {TLS_CA} nothing says whom to believe; set it as well")
+    return ca, cert, key
 
 
 def native_kernels() -> bool:

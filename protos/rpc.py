@@ -11,7 +11,8 @@ import inspect
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -20,11 +21,16 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from protos.contract.errors import AutanError, InternalError, InvalidRequest, PeerUnavailable, error_from
+from protos.contract.errors import AutanError, AuthError, InternalError, InvalidRequest, PeerUnavailable, error_from
+from protos.contract.identity import PeerGate
 from protos.gen.autan.v1 import admin_pb2_grpc, inference_pb2_grpc, kv_pb2_grpc, tokens_pb2_grpc, worker_pb2_grpc
+
+if TYPE_CHECKING:
+    from protos.tls import Trust
 
 __all__ = [
     "DEFAULT_MESSAGE_BYTES",
+    "Dialer",
     "GuardInterceptor",
     "admin_pb2_grpc",
     "channel_options",
@@ -42,6 +48,12 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MESSAGE_BYTES = 8 * 1024 * 1024
 _DOMAIN = "autan"
+_HANDSHAKE_MEANINGS = {
+    "Hostname Verification Check failed": "the server's certificate is of another role, cluster or host",
+    "unable to get local issuer certificate": "the server's certificate comes from another CA",
+    "certificate has expired": "the server's certificate has expired, or a clock is wrong",
+    "WRONG_VERSION_NUMBER": "the server has no TLS there",
+}
 _MAX_STATUS_TEXT_BYTES = 1500  # travels twice, percent-encoded and in base64, and a client refuses 16 KiB of metadata
 
 
@@ -84,9 +96,31 @@ def server_options(
     ]
 
 
-def open_channel(address: str, options: Sequence[tuple[str, Any]] | None = None) -> grpc.aio.Channel:
-    """An insecure channel to a loopback or unix address; TLS channels come with the certificates."""
-    return grpc.aio.insecure_channel(address, options=list(options or channel_options()))
+def open_channel(
+    address: str, options: Sequence[tuple[str, Any]] | None = None, trust: Trust | None = None
+) -> grpc.aio.Channel:
+    """A channel with TLS as `trust` has it; without it, and to every unix socket, a plain one."""
+    chosen = list(options or channel_options())
+    if trust is None or address.startswith("unix:"):
+        return grpc.aio.insecure_channel(address, options=chosen)
+    return grpc.aio.secure_channel(address, trust.channel_credentials(), options=[*chosen, *trust.channel_options()])
+
+
+@dataclass(frozen=True, slots=True)
+class Dialer:
+    """Opens the channels to the servers of one kind."""
+
+    options: Sequence[tuple[str, Any]] = field(default_factory=channel_options)
+    trust: Trust | None = None
+
+    def open(self, address: str) -> grpc.aio.Channel:
+        """A channel to one of them; close it."""
+        return open_channel(address, self.options, self.trust)
+
+    @property
+    def generation(self) -> int:
+        """Another one: channels that were opened before show certificates that have been replaced."""
+        return 0 if self.trust is None else self.trust.generation
 
 
 def status_of(error: AutanError) -> status_pb2.Status:
@@ -119,8 +153,13 @@ def error_of(rpc_error: grpc.RpcError) -> AutanError:
     code = rpc_error.code() if hasattr(rpc_error, "code") else grpc.StatusCode.UNKNOWN
     text = f"{code.name}: {rpc_error.details() if hasattr(rpc_error, 'details') else rpc_error}"
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-        return PeerUnavailable(text)
+        return PeerUnavailable(text + _hint(text))
     return InternalError(text)
+
+
+def _hint(text: str) -> str:
+    """What a refused handshake means, in the words of its operators."""
+    return next((f" ({meaning})" for mark, meaning in _HANDSHAKE_MEANINGS.items() if mark in text), "")
 
 
 def _clipped(text: str) -> str:
@@ -148,12 +187,13 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server.
 
     Garbage bytes are INVALID_ARGUMENT with a generic sentence; errors of the tree become their status; anything else is
-    INTERNAL with an opaque id, and the log has the traceback. `authorise(method, metadata)` runs before any byte is parsed
-    and raises AuthError to refuse; what it returns is dropped.
+    INTERNAL with an opaque id, and the log has the traceback. `gate` looks at the peer's certificate, `authorise(method,
+    metadata)` at the call, both before any byte is parsed; they raise AuthError to refuse, and what they return is dropped.
     """
 
-    def __init__(self, authorise: Callable[[str, dict[str, str]], object] | None = None) -> None:
+    def __init__(self, authorise: Callable[[str, dict[str, str]], object] | None = None, gate: PeerGate | None = None) -> None:
         self._authorise = authorise
+        self._gate = gate
 
     async def intercept_service(
         self,
@@ -167,10 +207,16 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         method: str = handler_call_details.method
         return _guarded(handler, method, self._check(method, handler_call_details))
 
-    def _check(self, method: str, details: grpc.HandlerCallDetails) -> Callable[[], None]:
-        authorise = self._authorise
+    def _check(self, method: str, details: grpc.HandlerCallDetails) -> Callable[[Any], None]:
+        authorise, gate = self._authorise, self._gate
 
-        def check() -> None:
+        def check(context: Any) -> None:
+            if gate is not None:
+                try:
+                    gate.admit(method, context.peer(), context.auth_context())
+                except AuthError as error:
+                    logger.warning("a call from %s is refused: %s", context.peer(), error)
+                    raise
             if authorise is not None:
                 metadata = {str(k): v for k, v in (details.invocation_metadata or ()) if isinstance(v, str)}
                 authorise(method, metadata)
@@ -190,7 +236,7 @@ async def _parsed(stream: AsyncIterator[bytes], deserialize: Callable[[bytes], A
         yield _parse(deserialize, data, method)
 
 
-def _guarded(handler: Any, method: str, check: Callable[[], None]) -> grpc.RpcMethodHandler[Any, Any]:
+def _guarded(handler: Any, method: str, check: Callable[[Any], None]) -> grpc.RpcMethodHandler[Any, Any]:
     deserialize = handler.request_deserializer or (lambda data: data)
 
     def incoming(request: Any) -> Any:
@@ -200,7 +246,7 @@ def _guarded(handler: Any, method: str, check: Callable[[], None]) -> grpc.RpcMe
 
     async def unary(request: Any, context: Any) -> Any:
         try:
-            check()
+            check(context)
             behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
             return await behaviour(incoming(request), context)
         except (asyncio.CancelledError, grpc.aio.AbortError):
@@ -210,7 +256,7 @@ def _guarded(handler: Any, method: str, check: Callable[[], None]) -> grpc.RpcMe
 
     async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            check()
+            check(context)
             behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
             replies = behaviour(incoming(request), context)
             if inspect.isawaitable(replies):  # a handler that writes to the context, with a deadline for each write

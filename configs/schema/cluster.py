@@ -144,9 +144,23 @@ def _engines(model: ModelConfig, pools: list[PoolConfig]) -> Iterator[Finding]:
 
 
 def _exposure(cluster: ClusterConfig) -> Iterator[Finding]:
-    if not parse_address(cluster.ingress.address).is_local and not cluster.network.insecure:
+    network, ingress = cluster.network, cluster.ingress
+    address = parse_address(ingress.address)
+    if not address.is_local and not network.insecure and network.tls is None and ingress.tls is None:
         yield (
             ("ingress", "address"),
-            f"{cluster.ingress.address!r} can be reached from other machines, and TLS is not there yet: "
+            f"{ingress.address!r} can be reached from other machines and needs TLS (ingress.tls or network.tls): "
             "use 127.0.0.1 or unix:///path, or say network.insecure: true on a network that you trust",
         )
+    if ingress.tls is not None and address.path:
+        yield ("ingress", "tls"), "is for TCP; a unix socket is the user's own and has no TLS"
+    elif ingress.tls is not None and ingress.keys_file is None:
+        yield ("ingress", "tls"), "needs ingress.keys_file: its certificates do not say who calls"
+    if network.bind == "node" and network.tls is not None and not network.insecure:
+        for index, pool in enumerate(cluster.pools):
+            if pool.ranks > 1:
+                yield (
+                    ("pools", index, "ranks"),
+                    f"{pool.ranks} ranks on the nodes' addresses compute over connections that have no TLS: "
+                    "say network.insecure: true when the network between the nodes is private (everything else keeps its TLS)",
+                )

@@ -17,20 +17,47 @@ def _checked(address: str) -> str:
     return address
 
 
+def _absolute(path: str) -> str:
+    if not path.startswith("/"):
+        raise ValueError(f"{path!r} is not absolute; processes with another working directory would not find it")
+    return path
+
+
+File = Annotated[Line, AfterValidator(_absolute)]
 Listen = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_checked)]
+
+
+class KeyPairConfig(Section):
+    """A certificate (PEM, with the chain below it, if any) and its key. The files are read again when they change."""
+
+    cert: File
+    key: File
+
+
+class TlsConfig(Section):
+    """Certificates inside the cluster; `autan tls init` makes a set. With them every TCP channel is TLS on both sides.
+
+    Files are looked for on each node, at the same path: `orchestrator` where the orchestrator runs, `worker` where workers
+    do, `ca` everywhere. Each certificate names the cluster and the role (protos/contract/identity.py).
+    """
+
+    ca: File
+    orchestrator: KeyPairConfig
+    worker: KeyPairConfig
 
 
 class NetworkConfig(Section):
     """Sockets between the processes of the cluster.
 
     `loopback` binds 127.0.0.1. `node` binds the address that Ray gives the node; an address outside 127.0.0.0/8 is
-    refused without `insecure: true` until TLS exists. `advertise_host` is where workers on other nodes reach the
-    orchestrator; by default the address of its own Ray node.
+    refused without `tls`, or without `insecure: true`, which says that the network is private. `advertise_host` is where
+    workers on other nodes reach the orchestrator; by default the address of its own Ray node.
     """
 
     bind: Literal["loopback", "node"] = "loopback"
     advertise_host: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\[\]-]{1,253}$")] | None = None
     insecure: bool = False
+    tls: TlsConfig | None = None
     max_message_bytes: Bytes = 8 * 1024 * 1024
     frame_bytes: Bytes = 512 * 1024
     credit_bytes: Bytes = 32 * 1024 * 1024
@@ -40,11 +67,25 @@ class NetworkConfig(Section):
     ping_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
 
 
+class IngressTlsConfig(KeyPairConfig):
+    """A certificate of the front door's own, for clients that dial it by name and show an API key.
+
+    With `client_ca` a client also shows a certificate of that CA, whoever it names.
+    """
+
+    client_ca: File | None = None
+
+
 class IngressConfig(Section):
-    """The front door: `host:port` (port 0 takes a free one) or `unix:///path`."""
+    """The front door: `host:port` (port 0 takes a free one) or `unix:///path`.
+
+    Without `tls` of its own it has that of the network, where there is one: clients show a certificate of the cluster, of
+    role client or admin.
+    """
 
     address: Listen = "127.0.0.1:50600"
     keys_file: Line | None = None
+    tls: IngressTlsConfig | None = None
     max_streams: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     max_buffered_tokens: Annotated[int, Field(ge=16, le=10_000_000)] = 4096
     default_max_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 256

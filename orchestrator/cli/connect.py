@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from orchestrator.client import AsyncClient, find_endpoint
+from orchestrator.client import AsyncClient, find_endpoint, find_tls
 
 T = TypeVar("T")
 
@@ -21,7 +21,8 @@ def with_client(work: Callable[[AsyncClient], Awaitable[T]], cluster: str | None
     """Runs `work` with a client of the cluster and closes it. Raises what the client raises."""
 
     async def run() -> T:
-        async with AsyncClient(find_endpoint(cluster), timeout_s=timeout_s, retry_s=timeout_s) as client:
+        endpoint, tls = find_endpoint(cluster), find_tls(cluster)
+        async with AsyncClient(endpoint, tls=tls, timeout_s=timeout_s, retry_s=timeout_s) as client:
             return await work(client)
 
     return asyncio.run(run())

@@ -28,7 +28,7 @@ from orchestrator.runtime.launcher import Launcher
 from orchestrator.runtime.loop import CoreLoop, settings_of
 from orchestrator.runtime.run_dir import RunDir
 from orchestrator.store.client import Store
-from orchestrator.store.embedded import EmbeddedValkey
+from orchestrator.store.embedded import EmbeddedValkey, socket_path
 from protos.contract.capability import KeyFile, make_key_file
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class LocalCluster:
         )
         await self.fleet.start(self._progress)
         self._run("fleet", self.fleet.keep_watch())
-        self.run_dir.publish(self.endpoint, autan_version())
+        self.run_dir.publish(self.ingress.local_address, autan_version())
 
     def _handoff_keys(self) -> KeyFile:
         make_key_file(self.run_dir.handoff_keys)
@@ -171,6 +171,7 @@ class LocalCluster:
             model=model,
             on_shutdown=self._ask_to_stop,
             sign_move=sign_move,
+            local_socket=socket_path(self.run_dir.path, "ingress.sock"),
         )
         await self.ingress.start()
         self._stack.push_async_callback(self.ingress.stop)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from orchestrator.client.blocking import Client
 from orchestrator.client.connection import AsyncClient
-from orchestrator.client.endpoint import find_endpoint
+from orchestrator.client.endpoint import find_endpoint, find_tls
 from orchestrator.client.messages import Accepted, Completion, Delta, Event, Finished, TokenLogprobs, Turn
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "TokenLogprobs",
     "Turn",
     "find_endpoint",
+    "find_tls",
 ]

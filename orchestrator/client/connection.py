@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 
 from configs import env
-from orchestrator.client.endpoint import find_endpoint
+from orchestrator.client.endpoint import dialer_to, find_endpoint, find_tls
 from orchestrator.client.messages import (
     Collector,
     Completion,
@@ -23,6 +23,7 @@ from orchestrator.client.messages import (
     generate_request,
 )
 from orchestrator.client.progress import Progress
+from protos.certificates import TlsFiles
 from protos.contract.errors import (
     AutanError,
     ClusterUnreachable,
@@ -31,7 +32,7 @@ from protos.contract.errors import (
     UnavailableError,
     UnknownRequest,
 )
-from protos.rpc import admin_pb2_grpc, error_of, inference_pb2_grpc, open_channel
+from protos.rpc import admin_pb2_grpc, error_of, inference_pb2_grpc
 from protos.wire import admin, inference
 
 _BACKOFF_S = (0.05, 1.0)
@@ -42,18 +43,30 @@ class AsyncClient:
     """A connection to one cluster, for one event loop. Close it, or use it as a context.
 
     `retry_s`: for so long without progress a stream is resumed, and a submit repeated, before the error is raised.
-    `timeout_s`: for calls that are not streams.
+    `timeout_s`: for calls that are not streams. `tls`: the CA of a server that has TLS, and what to show it; by default what
+    goes with the endpoint in the environment, `TlsFiles()` for none.
     """
 
     def __init__(
-        self, endpoint: str | None = None, *, api_key: str | None = None, retry_s: float = 10.0, timeout_s: float = 10.0
+        self,
+        endpoint: str | None = None,
+        *,
+        api_key: str | None = None,
+        tls: TlsFiles | None = None,
+        retry_s: float = 10.0,
+        timeout_s: float = 10.0,
     ) -> None:
         self.endpoint = endpoint or find_endpoint()
+        if tls is None:
+            tls = find_tls() if endpoint is None else TlsFiles(*env.client_tls())
+        self._dialer = dialer_to(self.endpoint, tls)
+        self._generation = self._dialer.generation
         key = api_key if api_key is not None else env.api_key()
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         self._retry_s = retry_s
         self._timeout_s = timeout_s
         self._channel: grpc.aio.Channel | None = None
+        self._retired: list[grpc.aio.Channel] = []  # opened with certificates that were replaced; streams may be open on them
 
     async def __aenter__(self) -> Self:
         return self
@@ -63,9 +76,9 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Ends the connection; open streams end with it. Idempotent."""
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            await channel.close()
+        self._retire()
+        while self._retired:
+            await self._retired.pop().close()
 
     def generate(self, text: str | None = None, **options: Any) -> AsyncGenerator[Event, None]:
         """Accepted, the tokens as they come, Finished; see generate_request for the options.
@@ -232,7 +245,8 @@ class AsyncClient:
 
     def _unreachable(self, error: AutanError) -> AutanError:
         if type(error) is PeerUnavailable:  # no answer of the cluster, but of gRPC
-            return ClusterUnreachable(f"{self.endpoint}: no cluster answers ({error.message}); is `autan up` running?")
+            hint = "" if self._dialer.trust else f" (where it has TLS: is {env.TLS_CA} set?)"
+            return ClusterUnreachable(f"{self.endpoint}: no cluster answers ({error.message}); is `autan up` running?{hint}")
         return error
 
     def _inference(self) -> Any:
@@ -242,6 +256,14 @@ class AsyncClient:
         return admin_pb2_grpc.AdminStub(self._open())  # type: ignore[no-untyped-call]
 
     def _open(self) -> grpc.aio.Channel:
+        if self._generation != self._dialer.generation:
+            self._retire()
+            self._generation = self._dialer.generation
         if self._channel is None:
-            self._channel = open_channel(self.endpoint)
+            self._channel = self._dialer.open(self.endpoint)
         return self._channel
+
+    def _retire(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            self._retired.append(channel)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import json
 
 from configs import env
+from configs.address import parse_address
+from orchestrator.ingress.clock import wall_clock_s
+from protos.certificates import TlsFiles
 from protos.contract.errors import ClusterUnreachable, ConfigError
+from protos.contract.identity import PeerIdentity, PeerRole
+from protos.rpc import Dialer
+from protos.tls import Certificates
 
 
 def find_endpoint(cluster: str | None = None) -> str:
@@ -30,3 +36,24 @@ def find_endpoint(cluster: str | None = None) -> str:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{files[0]}: no endpoint can be read from it; remove the file if the cluster is gone") from error
     return str(endpoint)
+
+
+def find_tls(cluster: str | None = None) -> TlsFiles:
+    """The certificates that go with `find_endpoint(cluster)`: those of AUTAN_TLS_CA for AUTAN_ENDPOINT, none for a run file.
+
+    What runs on this machine is reached without: over its unix socket where its TCP has TLS. Raises ConfigError.
+    """
+    return TlsFiles(*env.client_tls()) if cluster is None and env.endpoint() is not None else TlsFiles()
+
+
+def dialer_to(endpoint: str, tls: TlsFiles) -> Dialer:
+    """How clients reach an ingress. Raises ConfigError for certificates that cannot be used.
+
+    Who shows a certificate of a cluster demands that of the cluster's orchestrator, at whatever address; who shows none, or
+    one of another kind, demands a certificate for the host that is dialled.
+    """
+    if tls.ca is None or parse_address(endpoint).path:
+        return Dialer()
+    certificates = Certificates(tls, wall_clock_s)
+    me = certificates.identity
+    return Dialer(trust=certificates.trust(None if me is None else PeerIdentity(me.cluster, PeerRole.ORCHESTRATOR)))

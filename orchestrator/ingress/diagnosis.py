@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from orchestrator.ingress.certificate_checks import CertificateChecks
 from orchestrator.ingress.clock import wall_clock_s
 from orchestrator.ingress.worker_calls import ALIVE, WorkerCalls
 from orchestrator.store.client import Store
@@ -24,11 +25,19 @@ OK, WARNING, BROKEN = admin.HEALTH_OK, admin.HEALTH_WARNING, admin.HEALTH_BROKEN
 class Doctor:
     """One examination for each call."""
 
-    def __init__(self, store: Store, workers: WorkerCalls, version: str, sink_address: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        workers: WorkerCalls,
+        version: str,
+        sink_address: str,
+        certificates: CertificateChecks | None = None,
+    ) -> None:
         self._store = store
         self._workers = workers
         self._version = version
         self._sink_address = sink_address
+        self._certificates = certificates
 
     async def examine(self) -> admin.DiagnoseReply:
         """Never raises for what is broken: the reply says so."""
@@ -73,6 +82,8 @@ class Doctor:
         for report in reply.workers:
             reply.checks.extend(_of_worker(report, self._version))
         reply.checks.extend(_of_fingerprints(alive))
+        if self._certificates is not None:
+            reply.checks.extend(await self._certificates.examine(alive))
         return reply
 
 

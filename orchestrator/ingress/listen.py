@@ -1,4 +1,4 @@
-"""Where the listeners bind: loopback and private unix sockets; anything else only when the operator insists and has keys."""
+"""Where the listeners bind: loopback and private unix sockets; anything else only with keys, and with TLS or insistence."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from configs.address import Address, parse_address
 from protos.contract.errors import ConfigError
 
 _CONNECT_S = 0.5
 
 
-def check_exposure(address: str, *, has_keys: bool, insecure: bool) -> Address:
+def check_exposure(address: str, *, has_keys: bool, has_tls: bool, insecure: bool) -> Address:
     """The parsed address. Raises ConfigError when other machines could reach it and may not."""
     try:
         parsed = parse_address(address)
@@ -23,18 +25,20 @@ def check_exposure(address: str, *, has_keys: bool, insecure: bool) -> Address:
         raise ConfigError(f"ingress.address: {error}") from error
     if parsed.is_local:
         return parsed
-    if not insecure:
+    if not has_tls and not insecure:
         raise ConfigError(
-            f"ingress.address: {address} can be reached from other machines, and there is no TLS yet: "
-            "use 127.0.0.1 or unix:///path"
+            f"ingress.address: {address} can be reached from other machines and needs TLS: set ingress.tls or "
+            "network.tls, or use 127.0.0.1 or unix:///path"
         )
     if not has_keys:
         raise ConfigError(f"ingress.address: {address} can be reached from other machines: it needs ingress.keys_file")
     return parsed
 
 
-def bind(server: Any, address: Address) -> str:
+def bind(server: Any, address: Address, credentials: grpc.ServerCredentials | None = None) -> str:
     """Binds a grpc.aio server and returns the address that clients dial (port 0 is replaced by the one that was given).
+
+    TCP has TLS with the credentials, plain without; a unix socket has none.
 
     Raises ConfigError when the address is taken or cannot be bound. A unix socket is 0600 in a directory that is the
     user's own.
@@ -45,7 +49,7 @@ def bind(server: Any, address: Address) -> str:
     if address.port and not _is_free(address):  # gRPC would say so on stderr, at length
         raise ConfigError(_taken(target, address))
     try:
-        port = server.add_insecure_port(target)
+        port = server.add_insecure_port(target) if credentials is None else server.add_secure_port(target, credentials)
     except RuntimeError as error:
         raise ConfigError(_taken(target, address)) from error
     if not port:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from configs.schema.network import IngressConfig
 from orchestrator.domain.clock import Clock, SystemClock
 from orchestrator.ingress.admin_service import AdminService
 from orchestrator.ingress.adopt import Adopter
 from orchestrator.ingress.auth import Authoriser
+from orchestrator.ingress.certificate_checks import CertificateChecks
 from orchestrator.ingress.departures import Departures
 from orchestrator.ingress.diagnosis import Doctor
 from orchestrator.ingress.intake import Intake
@@ -27,7 +27,7 @@ from orchestrator.ingress.validate import Limits
 from orchestrator.ingress.watch import Watch
 from orchestrator.ingress.worker_calls import WorkerCalls
 from orchestrator.store.client import Store
-from protos.rpc import channel_options
+from protos.rpc import Dialer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,8 @@ def assemble(
     sink_address: str,
     on_shutdown: Callable[[float], None],
     clock: Clock | None = None,
-    worker_options: Sequence[tuple[str, Any]] | None = None,
+    workers: Dialer | None = None,
+    certificates: CertificateChecks | None = None,
     sign_move: SignMove = unsigned_move,
 ) -> Parts:
     """Makes the parts; nothing runs yet."""
@@ -105,7 +106,7 @@ def assemble(
             "ingress_epoch": owner.epoch,
         }
 
-    workers = WorkerCalls(store, worker_options or channel_options())
+    calls = WorkerCalls(store, workers or Dialer())
     admin = AdminService(
         store=store,
         table=table,
@@ -113,8 +114,8 @@ def assemble(
         version=settings.version,
         gauges=gauges,
         on_shutdown=on_shutdown,
-        kv=KvAdmin(workers),
-        doctor=Doctor(store, workers, settings.version, sink_address),
+        kv=KvAdmin(calls),
+        doctor=Doctor(store, calls, settings.version, sink_address, certificates),
         mover=Mover(store, settings.max_migrations, sign_move),
     )
     return Parts(

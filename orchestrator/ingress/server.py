@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from configs.address import Address
 from configs.schema.network import NetworkConfig
@@ -20,10 +20,12 @@ from orchestrator.ingress.listen import bind, check_exposure
 from orchestrator.ingress.model import ServedModel
 from orchestrator.ingress.moving import SignMove, unsigned_move
 from orchestrator.ingress.parts import IngressSettings, Parts, assemble
+from orchestrator.ingress.security import security_of, sink_host
 from orchestrator.ingress.tasks import end_tasks
 from orchestrator.store.client import Store
-from protos.contract.errors import AutanError, ConfigError
-from protos.rpc import GuardInterceptor, admin_pb2_grpc, channel_options, inference_pb2_grpc, server_options, tokens_pb2_grpc
+from protos.contract.errors import AutanError
+from protos.health import HealthServicer
+from protos.rpc import GuardInterceptor, admin_pb2_grpc, inference_pb2_grpc, server_options, tokens_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -33,18 +35,11 @@ _LAST_COMMIT_S = 1.0
 _SPARE_CALLS = 256  # unary calls beside the streams
 
 
-class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """grpc.health.v1; List is left out by the library, and said so instead of failing."""
-
-    async def List(self, request: Any, context: Any) -> None:
-        """UNIMPLEMENTED."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask Check or Watch")
-
-
 class IngressServer:
     """Start it, stop it. Raises ConfigError from `start` for an address or key file that cannot be used.
 
-    `on_shutdown(grace_s)` is called when an operator asks the cluster to stop.
+    `on_shutdown(grace_s)` is called when an operator asks the cluster to stop. Where the front door has TLS the same is served
+    on `local_socket`, without: commands of the user on this machine need no certificate.
     """
 
     def __init__(
@@ -56,6 +51,7 @@ class IngressServer:
         model: ServedModel,
         on_shutdown: Callable[[float], None],
         node_address: str | None = None,
+        local_socket: Path | None = None,
         sign_move: SignMove = unsigned_move,
     ) -> None:
         self._settings = settings
@@ -64,6 +60,7 @@ class IngressServer:
         self._model = model
         self._on_shutdown = on_shutdown
         self._node_address = node_address
+        self._local_socket = local_socket
         self._sign_move = sign_move
         self._tasks: list[asyncio.Task[None]] = []
         self._clients: Any = None
@@ -72,6 +69,7 @@ class IngressServer:
         self._parts: Parts | None = None
         self._draining = False
         self.address = ""
+        self.local_address = ""  # where commands on this machine connect: `address`, or the unix socket beside it
         self.sink_address = ""
 
     @property
@@ -94,12 +92,19 @@ class IngressServer:
     async def _start(self) -> None:
         config = self._settings.config
         authorise = Authoriser() if config.keys_file is None else load_keys(Path(config.keys_file))
-        address = check_exposure(config.address, has_keys=config.keys_file is not None, insecure=self._network.insecure)
+        security = security_of(self._store.cluster, self._network, config)
+        has_tls = security.clients.credentials is not None
+        address = check_exposure(
+            config.address, has_keys=config.keys_file is not None, has_tls=has_tls, insecure=self._network.insecure
+        )
         # The client listener is bound first: who does not get the address must not take over the registration.
-        self._clients = self._server(GuardInterceptor(authorise), config.max_streams + _SPARE_CALLS)
-        self.address = bind(self._clients, address)
-        self._workers = self._server(GuardInterceptor(), None)
-        self.sink_address = bind(self._workers, Address(host=self._sink_host()))
+        self._clients = self._server(GuardInterceptor(authorise, security.clients.gate), config.max_streams + _SPARE_CALLS)
+        self.address = self.local_address = bind(self._clients, address, security.clients.credentials)
+        if has_tls and self._local_socket is not None and not address.path:
+            self.local_address = bind(self._clients, Address(path=str(self._local_socket)))
+        self._workers = self._server(GuardInterceptor(gate=security.workers.gate), None)
+        sink = Address(host=sink_host(self._network, self._node_address))
+        self.sink_address = bind(self._workers, sink, security.workers.credentials)
         parts = assemble(
             settings=self._settings,
             store=self._store,
@@ -108,13 +113,12 @@ class IngressServer:
             sink_address=self.sink_address,
             on_shutdown=self._on_shutdown,
             sign_move=self._sign_move,
-            worker_options=channel_options(
-                self._network.max_message_bytes, self._network.keepalive_s, self._network.ping_timeout_s
-            ),
+            workers=security.to_workers,
+            certificates=security.checks,
         )
         await parts.owner.register()
         self._parts = parts
-        self._health = _Health()
+        self._health = HealthServicer()
         inference_pb2_grpc.add_InferenceServicer_to_server(parts.service, self._clients)  # type: ignore[no-untyped-call]
         admin_pb2_grpc.add_AdminServicer_to_server(parts.admin, self._clients)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._clients)
@@ -174,16 +178,6 @@ class IngressServer:
             options=server_options(network.max_message_bytes, network.keepalive_s, network.ping_timeout_s),
             maximum_concurrent_rpcs=max_calls,
         )
-
-    def _sink_host(self) -> str:
-        if self._network.bind == "loopback":
-            return "127.0.0.1"
-        host = self._node_address or "127.0.0.1"
-        if not Address(host=host).is_local and not self._network.insecure:
-            raise ConfigError(
-                f"network.bind: node: workers would dial {host} without TLS; use loopback, or say network.insecure: true"
-            )
-        return host
 
     def _run(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name=f"ingress-{name}")

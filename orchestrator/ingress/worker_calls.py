@@ -13,7 +13,7 @@ import grpc.aio
 from orchestrator.store.client import Store
 from orchestrator.store.replies import InstanceRecord
 from protos.contract.errors import AutanError, InvalidRequest, PeerUnavailable
-from protos.rpc import error_of, open_channel, worker_pb2_grpc
+from protos.rpc import Dialer, error_of, worker_pb2_grpc
 from protos.wire import admin, error_to_wire
 
 T = TypeVar("T")
@@ -34,9 +34,9 @@ class Answers(Generic[T]):
 class WorkerCalls:
     """Reaches the workers that are registered and alive."""
 
-    def __init__(self, store: Store, options: Sequence[tuple[str, Any]]) -> None:
+    def __init__(self, store: Store, dialer: Dialer) -> None:
         self._store = store
-        self._options = list(options)
+        self._dialer = dialer
 
     async def instances(self, wanted: Sequence[str] = ()) -> tuple[InstanceRecord, ...]:
         """The instances of these names, or all that are alive.
@@ -73,7 +73,7 @@ class WorkerCalls:
         turns: asyncio.Semaphore,
     ) -> T | AutanError:
         try:
-            async with turns, open_channel(record.addr, self._options) as channel:
+            async with turns, self._dialer.open(record.addr) as channel:
                 await asyncio.wait_for(channel.channel_ready(), min(_CONNECT_S, timeout_s))
                 stub: Any = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
                 return await asyncio.wait_for(question(stub, record), timeout_s)

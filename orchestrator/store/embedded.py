@@ -72,7 +72,7 @@ class EmbeddedValkey:
 
     def __init__(self, directory: Path | str, config: StoreConfig | None = None, *, binary: Path | None = None) -> None:
         self.directory = Path(directory).absolute()
-        self.socket = _socket_path(self.directory)
+        self.socket = socket_path(self.directory, SOCKET_NAME)
         self.url = "unix://" + quote(str(self.socket))
         self.server_pid = 0  # 0 while no server answers
         self.supervisor_pid = 0
@@ -181,13 +181,13 @@ class EmbeddedValkey:
             await process.wait()
 
 
-def _socket_path(directory: Path) -> Path:
+def socket_path(directory: Path, name: str) -> Path:
     """Inside the directory, or in a short private one when that path is too long for a socket."""
-    path = directory / SOCKET_NAME
+    path = directory / name
     if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
         return path
-    name = hashlib.blake2b(os.fsencode(directory), digest_size=8).hexdigest()
-    short = Path(tempfile.gettempdir()) / f"autan-{os.getuid()}-{name}" / SOCKET_NAME
+    digest = hashlib.blake2b(os.fsencode(directory), digest_size=8).hexdigest()
+    short = Path(tempfile.gettempdir()) / f"autan-{os.getuid()}-{digest}" / name
     if len(os.fsencode(short)) > MAX_SOCKET_PATH_BYTES:
         raise ConfigError(f"{path} is too long for a unix socket, and so is {short}: choose a shorter run directory or TMPDIR")
     return short

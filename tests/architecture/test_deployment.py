@@ -49,7 +49,7 @@ def test_the_compose_file_and_its_preset_agree() -> None:
         (resource,) = pool.resources
         offers = [role for role, service in services.items() if f'"{resource}"' in " ".join(service["command"])]
         assert offers == [pool.name]
-    assert config.ingress.address.startswith("127.0.0.1:"), "no TLS yet: nothing is published"
+    assert config.ingress.address.startswith("127.0.0.1:"), "no certificates there: nothing is published"
     assert not any("ports" in service for service in services.values())
     for title, service in services.items():
         assert title == "redis" or service["environment"]["RAY_AUTH_MODE"] == "token"

@@ -33,7 +33,9 @@ class Autan:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "AUTAN_HOME": str(self.home), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        # What the command set for this process, which has imported it, is not what a shell has.
+        inherited = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+        return {**inherited, "AUTAN_HOME": str(self.home), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
     def json(self, *arguments: str, **options: Any) -> Any:
         done = self(*arguments, "--json", **options)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from configs.worker_spec import WorkerSpec
 from protos.contract.errors import AutanError
-from protos.rpc import channel_options
 from protos.wire import common
 from workers.engine_api.protocol import Engine
 from workers.kv_transfer.authority import Authority
@@ -33,6 +31,7 @@ from workers.service.moves import Moves
 from workers.service.outbox import Outbox, OutboxContext
 from workers.service.retrying import while_store_is_away
 from workers.service.store import WorkerStore
+from workers.service.wire import Wire
 
 _WINDOWS = 4  # credit of one transfer is this part of the receiver's
 _MAX_WINDOW_BYTES = 8 * 1024 * 1024
@@ -50,6 +49,7 @@ class Base:
     poll_inbox: Callable[[], None]
     beat_soon: Callable[[], None]
     authority: Authority
+    wire: Wire
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +67,6 @@ class Assembly:
     coordinator: Coordinator
     audit: KvAudit
     diagnosis: Diagnosis
-
-
-def wire_options(spec: WorkerSpec) -> list[tuple[str, Any]]:
-    """Channel options of this cluster."""
-    network = spec.network
-    return channel_options(network.max_message_bytes, network.keepalive_s, network.ping_timeout_s)
 
 
 def window_bytes(spec: WorkerSpec) -> int:
@@ -165,7 +159,7 @@ def _audit(base: Base, assignments: Assignments, ledger: Ledger, handoffs: Hando
 def _diagnosis(base: Base) -> Diagnosis:
     engine = base.thread.engine
     fingerprint = fingerprint_of(engine.identity, engine.layout)
-    return Diagnosis(DiagnosisContext(me=base.me, fingerprint=fingerprint, store=base.store, options=wire_options(base.spec)))
+    return Diagnosis(DiagnosisContext(me=base.me, fingerprint=fingerprint, store=base.store, wire=base.wire))
 
 
 def _outbox(base: Base, on_finished: Callable[[str, int], None]) -> Outbox:
@@ -176,7 +170,7 @@ def _outbox(base: Base, on_finished: Callable[[str, int], None]) -> Outbox:
             on_finished=on_finished,
             on_refused=lambda request_id, epoch: base.beat_soon(),
             reach=base.failpoints.reach,
-            options=wire_options(base.spec),
+            dialer=base.wire.ingresses,
             write_timeout_s=base.spec.timing.progress_timeout_s,
         )
     )
@@ -206,7 +200,7 @@ def _handoffs(base: Base, ledger: Ledger, counters: TransferCounters) -> tuple[H
         engine=thread,
         ledger=ledger,
         context=context,
-        channel_options=wire_options(base.spec),
+        dialer=base.wire.peers,
         reach=base.failpoints.reach,
     )
     return handoffs, context

@@ -7,7 +7,6 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -19,11 +18,12 @@ import grpc.aio
 
 from protos.contract.errors import AutanError, InvalidRequest
 from protos.contract.redis_names import PROTOCOL_VERSION
-from protos.rpc import error_of, open_channel, worker_pb2_grpc
+from protos.rpc import error_of, worker_pb2_grpc
 from protos.wire import audit, common, differing_fields, worker
 from workers.service.clock import wall_clock_s
 from workers.service.membership import Membership
 from workers.service.store import WorkerStore
+from workers.service.wire import Wire
 
 _MAX_PEERS = 1024
 _AT_ONCE = 16
@@ -58,7 +58,7 @@ class DiagnosisContext:
     me: Membership
     fingerprint: common.Fingerprint
     store: WorkerStore
-    options: Sequence[tuple[str, Any]]
+    wire: Wire
 
 
 class Diagnosis:
@@ -117,7 +117,7 @@ class Diagnosis:
 
     async def _probe(self, peer: worker.PeerAddress, timeout_s: float, turns: asyncio.Semaphore) -> audit.PeerProbe:
         probe = audit.PeerProbe(instance_id=peer.instance_id, address=peer.address)
-        async with turns, open_channel(peer.address, self._context.options) as channel:
+        async with turns, self._context.wire.peers.open(peer.address) as channel:
             stub: Any = worker_pb2_grpc.WorkerStub(channel)  # type: ignore[no-untyped-call]
             request = worker.WorkerDiagnoseRequest(timeout_s=_TIMEOUT_S[0])
             try:
@@ -144,7 +144,7 @@ class Diagnosis:
     async def _reach(self, address: str, timeout_s: float) -> audit.PeerProbe:
         """A connection to the ingress, which has nothing to ask."""
         probe = audit.PeerProbe(address=address, is_expected=True)
-        async with open_channel(address, self._context.options) as channel:
+        async with self._context.wire.ingresses.open(address) as channel:
             began_s = time.monotonic()
             try:
                 await asyncio.wait_for(channel.channel_ready(), timeout_s)

@@ -27,7 +27,7 @@ from protos.contract.errors import (
     ModelError,
     StaleIncarnation,
 )
-from protos.rpc import error_of, open_channel, worker_pb2_grpc
+from protos.rpc import Dialer, error_of, worker_pb2_grpc
 from protos.wire import worker
 from workers.engine_api.group import GroupDoor, GroupPlace
 from workers.service.lifecycle import ExitCode
@@ -132,11 +132,11 @@ class GroupHead:
 class GroupFollower:
     """The life of a rank above 0: finds rank 0, joins, beats, lets its share connect, ends with rank 0."""
 
-    def __init__(self, spec: WorkerSpec, store: WorkerStore, options: list[tuple[str, Any]], share: ShareThread) -> None:
+    def __init__(self, spec: WorkerSpec, store: WorkerStore, dialer: Dialer, share: ShareThread) -> None:
         self._spec = spec
         self._share = share
         self._store = store
-        self._options = options
+        self._dialer = dialer
 
     async def run(self) -> ExitCode:
         """Until the group is broken. Before it has joined it looks for rank 0 again and again."""
@@ -159,7 +159,7 @@ class GroupFollower:
     async def _follow(self, address: str) -> bool:
         """One stream to rank 0; true when this rank had joined."""
         timing, joined = self._spec.timing, False
-        async with open_channel(address, self._options) as channel:
+        async with self._dialer.open(address) as channel:
             make: Any = worker_pb2_grpc.WorkerStub
             call = make(channel).JoinGroup(self._beats())
             try:

@@ -7,12 +7,12 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc.aio
 
 from protos.contract.errors import AutanError, Cancelled, EngineFailure, InternalError
-from protos.rpc import open_channel
+from protos.rpc import Dialer
 from protos.wire import common
 from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, SendContext
 from workers.kv_transfer.ledger import Entry, Key, Ledger, Side
@@ -59,17 +59,18 @@ class HandoffTasks:
         engine: EngineThread,
         ledger: Ledger,
         context: SendContext,
-        channel_options: list[tuple[str, Any]],
+        dialer: Dialer,
         reach: Callable[[str], Awaitable[None]],
     ) -> None:
         self._me = me
         self._engine = engine
         self._ledger = ledger
         self._context = context
-        self._options = channel_options
+        self._dialer = dialer
         self._reach = reach
         self._running: dict[Key, _Running] = {}
         self._channels: dict[str, dict[int, grpc.aio.Channel]] = {}  # by address and stream
+        self._generation = dialer.generation
         self._tasks = TaskSet()
 
     def __len__(self) -> int:
@@ -195,15 +196,24 @@ class HandoffTasks:
         return time.monotonic() + 2 * (self._context.progress_timeout_s + self._context.open_patience_s)
 
     def channels(self, address: str) -> StreamChannels:
-        """The connections to a peer, one for each stream of a hand-off; closed with the others."""
+        """The connections to a peer, one for each stream of a hand-off; closed with the others.
+
+        Who was given one keeps it: when other certificates come into force, a connection ends with its last user.
+        """
+        if self._generation != self._dialer.generation:
+            self._channels.clear()
+            self._generation = self._dialer.generation
         if address not in self._channels:
             self._close_unused_channels()
+        held: dict[int, grpc.aio.Channel] = {}
 
         def channel_of(stream: int) -> grpc.aio.Channel:
-            channels = self._channels.setdefault(address, {})
-            if stream not in channels:
-                channels[stream] = open_channel(address, self._options)
-            return channels[stream]
+            if stream not in held:
+                channels = self._channels.setdefault(address, {})
+                if stream not in channels:
+                    channels[stream] = self._dialer.open(address)
+                held[stream] = channels[stream]
+            return held[stream]
 
         return channel_of
 

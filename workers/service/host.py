@@ -11,19 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
 
-from configs.address import parse_address
 from configs.worker_spec import WorkerSpec
 from protos.contract.capability import KeyFile, Keyring
 from protos.contract.errors import AutanError, ConfigError, EngineFailure, ModelError
-from protos.rpc import GuardInterceptor, server_options, worker_pb2_grpc
+from protos.rpc import worker_pb2_grpc
 from protos.wire import common, worker
 from workers.engine_api.group import GroupDoor
 from workers.engine_api.protocol import Engine
 from workers.kv_transfer.authority import Authority
-from workers.service.assembly import Assembly, Base, assemble, wire_options
+from workers.service.assembly import Assembly, Base, assemble
 from workers.service.build import build_head, build_share
 from workers.service.engine_thread import EngineThread, StepEvent
 from workers.service.failpoints import Failpoints
@@ -38,30 +36,15 @@ from workers.service.renewals import RenewalContext, Renewals
 from workers.service.servicers import Health, KvTransferService, WorkerService, add_kv_transfer
 from workers.service.store import WorkerStore
 from workers.service.task_set import TaskSet
+from workers.service.wire import Wire, bind_host
 
 logger = logging.getLogger(__name__)
 
-_MAX_CONCURRENT_RPCS = 4096
 _REGISTER_BACKOFF_S = 0.5
 _DRAIN_POLL_S = 0.02
 _SERVER_GRACE_S = 0.5
 _CLOSE_TIMEOUT_S = 5.0
 _BROKEN_TIMEOUT_S = 0.5  # a collective with a rank that stands does not come back
-
-
-def bind_host(spec: WorkerSpec) -> str:
-    """The host part to listen on. Raises ConfigError for one that other machines reach, unless the file says `insecure`."""
-    if spec.network.bind == "loopback":
-        return "127.0.0.1"
-    host = spec.node_address
-    if host is None:
-        raise ConfigError("network.bind: node needs the address of the node")
-    if not parse_address(f"{host}:0").is_local and not spec.network.insecure:
-        raise ConfigError(
-            f"network.bind: {host} can be reached from other machines and TLS is not there yet; "
-            "set network.insecure: true on a private network, or bind loopback"
-        )
-    return host
 
 
 class WorkerHost:
@@ -84,6 +67,7 @@ class WorkerHost:
         self._ended: asyncio.Future[ExitCode] | None = None
         self._stopping = False
         self._server: Any = None
+        self._wire: Wire | None = None
         self._parts: Assembly | None = None
         self._inbox: Inbox | None = None
         self._renewals: Renewals | None = None
@@ -97,6 +81,7 @@ class WorkerHost:
         self._ended = asyncio.get_running_loop().create_future()
         try:
             host = bind_host(self.spec)
+            self._wire = Wire(self.spec)
             if self.spec.rank > 0:
                 self.address = f"{host}:0"
                 return await self._follow(host)
@@ -124,6 +109,12 @@ class WorkerHost:
         """The parts of a started worker, for status and for tests."""
         assert self._parts is not None, "not started"
         return self._parts
+
+    @property
+    def wire(self) -> Wire:
+        """The sockets of a worker that runs."""
+        assert self._wire is not None, "not run"
+        return self._wire
 
     @property
     def engine(self) -> Engine:
@@ -174,6 +165,7 @@ class WorkerHost:
                 poll_inbox=lambda: self._inbox.poll_soon() if self._inbox else None,
                 beat_soon=lambda: self._renewals.beat_soon() if self._renewals else None,
                 authority=Authority(self._handoff_keys(), self._store.clock),
+                wire=self.wire,
             )
         )
         self._renewals = self._make_renewals(self._parts)
@@ -218,19 +210,13 @@ class WorkerHost:
         )
 
     async def _serve(self, host: str) -> None:
-        network = self.spec.network
         assert self._group is not None
-        self._server = grpc.aio.server(
-            interceptors=[GuardInterceptor()],
-            options=server_options(network.max_message_bytes, network.keepalive_s, network.ping_timeout_s),
-            maximum_concurrent_rpcs=_MAX_CONCURRENT_RPCS,
-        )
+        self._server = self.wire.server()
         add_worker: Any = worker_pb2_grpc.add_WorkerServicer_to_server
         add_kv_transfer(KvTransferService(self.parts.receiver), self._server)
         add_worker(WorkerService(self.status, self._group, self.parts.audit, self.parts.diagnosis), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
-        port = self._server.add_insecure_port(f"{host}:0")
-        self.address = f"{host}:{port}"
+        self.address = self.wire.listen(self._server, host)
         await self._health.set(False)
         await self._server.start()
 
@@ -289,7 +275,7 @@ class WorkerHost:
             lambda: build_share(spec.model, spec.engine, self._model_dir, place, self.loading), self._on_share_end
         )
         share.start()
-        following = asyncio.create_task(GroupFollower(spec, self._store, wire_options(spec), share).run())
+        following = asyncio.create_task(GroupFollower(spec, self._store, self.wire.peers, share).run())
         self._following = following
         assert self._ended is not None
         await asyncio.wait({following, self._ended}, return_when=asyncio.FIRST_COMPLETED)

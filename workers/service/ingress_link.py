@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from protos.rpc import open_channel, tokens_pb2_grpc
+from protos.rpc import Dialer, tokens_pb2_grpc
 from protos.wire import tokens
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ _BACKOFF_S = (0.05, 1.0)
 class LinkContext:
     """What all links share. `next_batch(address)` gives what the open stream lacks, none when there is nothing."""
 
-    options: list[tuple[str, Any]]
+    dialer: Dialer
     next_batch: Callable[[str], tokens.TokenBatch | None]
     on_open: Callable[[str], None]
     on_acks: Callable[[str, tokens.TokenAcks], None]
@@ -63,7 +63,7 @@ class IngressLink:
         """Serves one stream until it breaks; true when the ingress answered on it."""
         self._context.on_open(self.address)
         answered = False
-        async with open_channel(self.address, self._context.options) as channel:
+        async with self._context.dialer.open(self.address) as channel:
             make: Any = tokens_pb2_grpc.TokenSinkStub
             call = make(channel).Deliver()
             writer = asyncio.create_task(self._write(call))

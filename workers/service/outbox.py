@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 from protos.contract.token_logprobs import pack_logprobs
+from protos.rpc import Dialer
 from protos.wire import common, tokens
 from workers.engine_api.types import TokenOut
 from workers.service.ingress_link import IngressLink, LinkContext
@@ -30,7 +30,7 @@ class OutboxContext:
     on_finished: Callable[[str, int], None]
     on_refused: Callable[[str, int], None]
     reach: Callable[[str], Awaitable[None]]
-    options: list[tuple[str, Any]]
+    dialer: Dialer
     write_timeout_s: float
     budget_bytes: int = 64 * 1024 * 1024
 
@@ -47,7 +47,7 @@ class Outbox:
         self._kept_tokens = 0
         self._logprobs_bytes = 0
         self._link_context = LinkContext(
-            options=context.options,
+            dialer=context.dialer,
             next_batch=self._next_batch,
             on_open=self._on_open,
             on_acks=self._on_acks,

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2
 
+from protos.health import HealthServicer
 from protos.rpc import kv_pb2_grpc, worker_pb2_grpc
 from protos.wire import audit, kv, worker
 from workers.kv_transfer.push_codec import PushMessage, decode_push
@@ -86,7 +87,7 @@ class Health:
     """grpc.health.v1: SERVING while the engine makes progress and Redis hears of the instance."""
 
     def __init__(self) -> None:
-        self.servicer: Any = health.aio.HealthServicer()
+        self.servicer: Any = HealthServicer()
         self._serving: bool | None = None
 
     async def set(self, serving: bool) -> None:

@@ -333,8 +333,8 @@ def test_addresses_that_cannot_be_used(fresh_store: FreshStore, tmp_path: Path) 
         (tmp_path / "private" / "file").write_text("")
         cases = {
             world.ingress.address: "in use by another process",
-            "0.0.0.0:0": "no TLS yet",
-            "192.0.2.1:50600": "no TLS yet",
+            "0.0.0.0:0": "needs TLS",
+            "192.0.2.1:50600": "needs TLS",
             f"unix://{shared}/s": "yours alone",
             f"unix://{tmp_path}/private/file": "is no socket",
         }
