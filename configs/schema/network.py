@@ -26,6 +26,9 @@ class NetworkConfig(Section):
     `loopback` binds 127.0.0.1. `node` binds the address that Ray gives the node; an address outside 127.0.0.0/8 is
     refused without `insecure: true` until TLS exists. `advertise_host` is where workers on other nodes reach the
     orchestrator; by default the address of its own Ray node.
+
+    `kv_compression` is how KV blocks travel between workers. `lossless` changes nothing but bytes and CPU time; it pays on
+    links that are slower than the packing. `fp8` halves bf16 and fp16, quarters fp32, and changes tokens.
     """
 
     bind: Literal["loopback", "node"] = "loopback"
@@ -35,6 +38,7 @@ class NetworkConfig(Section):
     frame_bytes: Bytes = 512 * 1024
     credit_bytes: Bytes = 32 * 1024 * 1024
     keepalive_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
+    kv_compression: Literal["none", "lossless", "fp8"] = "none"
     ping_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
 
 

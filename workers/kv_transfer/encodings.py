@@ -16,6 +16,7 @@ from collections.abc import Collection
 from enum import Enum
 from typing import Literal, Protocol
 
+from protos.contract.errors import BadFrame
 from protos.wire import kv
 from workers.engine_api.types import KvLayout
 from workers.kv_transfer.byte_planes import BytePlanes
@@ -80,3 +81,11 @@ def chosen(configured: Compression, can: Collection[int], layout: KvLayout) -> E
     if wanted is Encoding.FP8 and layout.dtype not in _VALUE_BYTES:
         return Encoding.NONE
     return wanted if wanted.value in can else Encoding.NONE
+
+
+def agreed(reply: int, offers: Collection[Encoding]) -> Encoding:
+    """The receiver's choice as the sender reads it. Raises BadFrame for what was not offered."""
+    for encoding in (Encoding.NONE, *offers):
+        if encoding.value == reply:
+            return encoding
+    raise BadFrame(f"the receiver chose the encoding {reply}, which was not offered")

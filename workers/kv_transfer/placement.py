@@ -1,10 +1,12 @@
 """From a data frame to verified bytes in the pool.
 
-Runs on the event loop, in the same step as the check that the transfer is still open, so nothing is ever written into blocks
-that were given back.
+Writes happen on the event loop, in the same step as the check that the transfer is still open, so nothing is ever written into
+blocks that were given back. Packed groups are unpacked on other threads before that.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from protos.contract.errors import BadFrame
 from workers.kv_transfer.counters import TransferCounters
@@ -21,17 +23,24 @@ class Placement:
         self._port = port
         self._counters = counters
 
-    def place(self, transfer: Transfer, frame: DataFrame) -> None:
-        """Checks credit, place and digest of one frame and writes its bytes.
+    async def place(self, transfer: Transfer, frame: DataFrame, check_current: Callable[[], None]) -> None:
+        """Checks credit, place and digest of one frame and writes its bytes; those of a packed group with its last frame.
 
-        Raises BadFrame or DigestMismatch, after either of which nothing of the transfer may be used.
+        Raises BadFrame or DigestMismatch, after either of which nothing of the transfer may be used, and what
+        `check_current` raises when the transfer ended, or got another stream, while a group was unpacked.
         """
         if transfer.lifecycle.state is not ReceiveState.RECEIVING:
             raise BadFrame(f"{transfer.request_id}: a block after the end")
         transfer.spend(len(frame.payload))
+        self._counters.kv_bytes_received += len(frame.payload)
+        whole = await transfer.unpacker.take(frame)
+        if whole is not None:
+            check_current()
+            self._write(transfer, whole)
+
+    def _write(self, transfer: Transfer, frame: DataFrame) -> None:
         before = transfer.reassembly.verified_blocks
         accepted = transfer.reassembly.accept(frame)
         block_id = transfer.ticket.block_ids[accepted.block_index]
         self._port.import_kv(block_id, accepted.group, accepted.offset_bytes, accepted.payload)
-        self._counters.kv_bytes_received += len(accepted.payload)
         self._counters.kv_blocks_received += transfer.reassembly.verified_blocks - before

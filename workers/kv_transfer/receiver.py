@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 from protos.contract.errors import (
     AutanError,
@@ -26,6 +27,7 @@ from workers.kv_transfer.authority import Authority, StoreClock
 from workers.kv_transfer.claims import check_addressee
 from workers.kv_transfer.commitment import Commitments
 from workers.kv_transfer.counters import TransferCounters
+from workers.kv_transfer.encodings import Compression
 from workers.kv_transfer.hooks import ReceiveLimits, ReceiverHooks
 from workers.kv_transfer.ledger import Ledger
 from workers.kv_transfer.lifecycle import ReceiveState
@@ -56,6 +58,7 @@ class Receiver:
         limits: ReceiveLimits,
         reach: Callable[[str], Awaitable[None]] = _pass,
         authority: Authority | None = None,
+        compression: Compression = "none",
     ) -> None:
         self._hooks = hooks
         self._ledger = ledger
@@ -67,7 +70,13 @@ class Receiver:
         self._placement = Placement(port, counters)
         self._returns = Returns(port, hooks, ledger, self._table, self._tasks)
         self._reservations = Reservations(
-            port=port, hooks=hooks, ledger=ledger, limits=limits, table=self._table, returns=self._returns
+            port=port,
+            hooks=hooks,
+            ledger=ledger,
+            limits=limits,
+            table=self._table,
+            returns=self._returns,
+            compression=compression,
         )
         self._commitments = Commitments(
             port=port,
@@ -118,7 +127,7 @@ class Receiver:
                     yield kv.PushReply(commit=await self._commitments.end(transfer, frame.end))
                     return
                 for part in frame.data:
-                    self._placement.place(transfer, part)
+                    await self._placement.place(transfer, part, partial(self._check_current, transfer, stream))
                 if frame.data:
                     credit = transfer.regrant()
                     if credit:

@@ -10,10 +10,12 @@ from protos.contract.errors import BadFrame, StaleEpoch
 from protos.wire import fingerprint_key, kv
 from workers.kv_transfer.claims import Addressee, Expectation, check_expected
 from workers.kv_transfer.digest import DigestScope
+from workers.kv_transfer.encodings import Compression, Encoding, chosen
 from workers.kv_transfer.frames import Reassembly
 from workers.kv_transfer.hooks import ReceiveLimits, ReceiverHooks
 from workers.kv_transfer.ledger import Entry, Ledger
 from workers.kv_transfer.lifecycle import ReceiveState
+from workers.kv_transfer.packing import GroupUnpacker
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.returns import Returns
 from workers.kv_transfer.transfer import Transfer, TransferTable
@@ -31,6 +33,7 @@ class Reservations:
         limits: ReceiveLimits,
         table: TransferTable,
         returns: Returns,
+        compression: Compression,
     ) -> None:
         self._port = port
         self._hooks = hooks
@@ -38,6 +41,7 @@ class Reservations:
         self._limits = limits
         self._table = table
         self._returns = returns
+        self._compression = compression
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def open(self, claim: kv.OpenRequest, here: Addressee) -> kv.OpenReply:
@@ -50,12 +54,15 @@ class Reservations:
             if current is not None and current.expected == expected:
                 if claim.num_tokens != current.room_tokens:
                     raise BadFrame(f"{claim.request_id}: opened with {current.room_tokens} tokens, now {claim.num_tokens}")
+                form = (self._encoding_of(claim, here), not claim.offer.inexact)
+                if form != (current.unpacker.encoding, current.is_exact_source):
+                    raise BadFrame(f"{claim.request_id}: opened again with another offer of encodings")
                 return await self._open_again(current)
             if current is not None and current.epoch >= claim.epoch:
                 raise StaleEpoch(f"{claim.request_id}: epoch {current.epoch} is here already")
             if current is not None:
                 await self._returns.abort(current, StaleEpoch(f"{claim.request_id}: epoch {claim.epoch} has begun"))
-            return await self._reserve(expected, here, claim.num_tokens)
+            return await self._reserve(expected, here, claim)
 
     async def _open_again(self, transfer: Transfer) -> kv.OpenReply:
         if transfer.committing is not None:
@@ -66,11 +73,14 @@ class Reservations:
         if transfer.lifecycle.state is ReceiveState.RECEIVING:
             transfer.lifecycle.move(ReceiveState.OPEN)
         transfer.reassembly.rewind()
-        first_block = transfer.reassembly.verified_blocks
-        return kv.OpenReply(transfer_id=transfer.transfer_id, credit_bytes=transfer.reset_credit(), first_block=first_block)
+        transfer.unpacker.rewind()
+        return transfer.open_reply(transfer.reassembly.verified_blocks)
 
-    async def _reserve(self, expected: Expectation, here: Addressee, room_tokens: int) -> kv.OpenReply:
-        request, known = expected.request, expected.num_tokens
+    def _encoding_of(self, claim: kv.OpenRequest, here: Addressee) -> Encoding:
+        return chosen(self._compression, claim.offer.encodings, here.layout)
+
+    async def _reserve(self, expected: Expectation, here: Addressee, claim: kv.OpenRequest) -> kv.OpenReply:
+        request, known, room_tokens = expected.request, expected.num_tokens, claim.num_tokens
         await self._returns.over(request.request_id)
         ticket = await self._port.call(lambda engine: engine.import_begin(request, known, room_tokens - known))
         scope = DigestScope(fingerprint_key(here.fingerprint), request.request_id, request.epoch)
@@ -78,6 +88,8 @@ class Reservations:
             expected=expected,
             ticket=ticket,
             reassembly=Reassembly(here.layout, scope, ticket.reused_blocks, len(ticket.block_ids)),
+            unpacker=GroupUnpacker(self._encoding_of(claim, here), here.layout, scope),
+            is_exact_source=not claim.offer.inexact,
             window_bytes=self._limits.window_bytes,
             room_tokens=room_tokens,
             touched_s=time.monotonic(),
@@ -98,6 +110,4 @@ class Reservations:
             await self._returns.abort(transfer, error)
             raise error
         self._hooks.opened(request.request_id, request.epoch)
-        return kv.OpenReply(
-            transfer_id=transfer.transfer_id, credit_bytes=transfer.reset_credit(), first_block=ticket.reused_blocks
-        )
+        return transfer.open_reply(ticket.reused_blocks)

@@ -28,10 +28,12 @@ from protos.rpc import kv_pb2_grpc
 from protos.wire import common, fingerprint_key, kv
 from workers.kv_transfer.block_names import sequence_hashes
 from workers.kv_transfer.digest import DigestScope
+from workers.kv_transfer.encodings import Encoding, agreed, offered
 from workers.kv_transfer.frames import Batch, split
 from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, SendContext
 from workers.kv_transfer.lifecycle import Lifecycle, SendState, sending
 from workers.kv_transfer.measures import Measures
+from workers.kv_transfer.packing import GroupPacker
 from workers.kv_transfer.push_codec import encode_data, encode_other
 from workers.kv_transfer.push_stream import PushStream, stream_error
 
@@ -69,6 +71,7 @@ class Handoff:
         self._wake = asyncio.Event()
         self._transfer_id = ""
         self._measures = Measures()
+        self._packer = GroupPacker(Encoding.NONE, context.port.layout, self._scope)
         self._next_block = 0
 
     @property
@@ -148,6 +151,7 @@ class Handoff:
             self._measures.reused = reply.first_block
         self.lifecycle.move(SendState.STREAMING)
         self._progress()
+        self._packer = GroupPacker(agreed(reply.encoding, self._offered()), self._context.port.layout, self._scope)
         stream = PushStream(self._push_call(), reply.credit_bytes, self._context.progress_timeout_s, self._wake)
         try:
             await self._push(stream, reply)
@@ -202,7 +206,11 @@ class Handoff:
             layers_per_group=layout.layers_per_group,
             capability=kv.Capability.FromString(job.capability),
             deadline_s=self._context.progress_timeout_s,
+            offer=kv.KvOffer(encodings=[one.value for one in self._offered()], inexact=not job.is_exact),
         )
+
+    def _offered(self) -> tuple[Encoding, ...]:
+        return offered(self._context.compression, self._context.port.layout)
 
     async def _push(self, stream: PushStream, reply: kv.OpenReply) -> None:
         batch = Batch(min(self._context.frame_bytes, reply.credit_bytes // 2))
@@ -222,8 +230,8 @@ class Handoff:
         for group in range(port.layout.num_groups):
             await self._context.reach("handoff.mid_push")
             data = port.export_kv(self._ready[index], group)
-            digest = self._scope.of(index, group, data)
-            for frame in split(index, group, data, digest, batch.limit_bytes):
+            payload, digest = await self._packer.pack(index, group, data)
+            for frame in split(index, group, payload, digest, batch.limit_bytes, self._packer.encoding.value):
                 if not batch.has_room(frame):
                     await self._flush(stream, batch)
                 batch.add(frame)

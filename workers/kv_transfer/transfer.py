@@ -14,6 +14,7 @@ from workers.kv_transfer.frames import Reassembly
 from workers.kv_transfer.hooks import Arrived
 from workers.kv_transfer.ledger import Key, Side
 from workers.kv_transfer.lifecycle import Lifecycle, ReceiveState, receiving
+from workers.kv_transfer.packing import GroupUnpacker
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -23,6 +24,8 @@ class Transfer:
     expected: Expectation
     ticket: ImportTicket
     reassembly: Reassembly
+    unpacker: GroupUnpacker
+    is_exact_source: bool  # the sender has the rows that it would have computed itself
     window_bytes: int
     room_tokens: int  # KV rows that blocks were reserved for
     touched_s: float
@@ -52,6 +55,11 @@ class Transfer:
         return Key(self.request_id, self.epoch, Side.RECEIVE)
 
     @property
+    def is_exact(self) -> bool:
+        """True when the rows here are those that this instance would have computed."""
+        return self.is_exact_source and self.unpacker.encoding.is_exact
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of the whole sequence."""
         return len(self.ticket.block_ids)
@@ -73,6 +81,16 @@ class Transfer:
             first_output_index=end.first_output_index,
             timeline=timeline,
             next_logprobs=tuple(end.next_logprobs),
+            is_exact=self.is_exact,
+        )
+
+    def open_reply(self, first_block: int) -> kv.OpenReply:
+        """The answer to an open, with a fresh window."""
+        return kv.OpenReply(
+            transfer_id=self.transfer_id,
+            credit_bytes=self.reset_credit(),
+            first_block=first_block,
+            encoding=self.unpacker.encoding.value,
         )
 
     def reset_credit(self) -> int:
