@@ -120,6 +120,9 @@ def status(cluster: Cluster = None, timeout: Timeout = 10.0, as_json: Json = Fal
             for one in reply.instances
         ],
     )  # fmt: skip
+    if "kv_compression_fp8" in reply.counters:
+        text = "network.kv_compression is fp8: tokens may differ from those of one instance alone"
+        stdout.print(text, markup=False)
     if reply.moves_begun:
         last = next((one for one in reply.moves if one.event == "begun"), None)
         why = f"; the last: {last.request_id} from {last.source} to {last.target}, {last.why}: {last.note}" if last else ""
