@@ -32,11 +32,11 @@ class Placement:
         if transfer.lifecycle.state is not ReceiveState.RECEIVING:
             raise BadFrame(f"{transfer.request_id}: a block after the end")
         transfer.spend(len(frame.payload))
-        self._counters.kv_bytes_received += len(frame.payload)
         whole = await transfer.unpacker.take(frame)
         if whole is not None:
             check_current()
             self._write(transfer, whole)
+        self._counters.kv_bytes_received += len(frame.payload)
 
     def _write(self, transfer: Transfer, frame: DataFrame) -> None:
         before = transfer.reassembly.verified_blocks
