@@ -104,7 +104,13 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        findings = [*_pool_names(self.pools), *_roles(self.pools), *_engines(self.model, self.pools), *_exposure(self)]
+        findings = [
+            *_pool_names(self.pools),
+            *_roles(self.pools),
+            *_engines(self.model, self.pools),
+            *_exposure(self),
+            *_exact(self),
+        ]
         if findings:
             raise refusal(findings)
         return self
@@ -141,6 +147,14 @@ def _engines(model: ModelConfig, pools: list[PoolConfig]) -> Iterator[Finding]:
                 f"{engine.block_tokens} differs from the {pools[0].engine.block_tokens} of pools[0]: "
                 "blocks could not be handed over",
             )
+
+
+def _exact(cluster: ClusterConfig) -> Iterator[Finding]:
+    if cluster.model.deterministic and cluster.network.kv_compression == "fp8":
+        yield (
+            ("network", "kv_compression"),
+            "'fp8' changes tokens, and model.deterministic promises that nothing does: use 'lossless' or 'none'",
+        )
 
 
 def _exposure(cluster: ClusterConfig) -> Iterator[Finding]:

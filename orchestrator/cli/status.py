@@ -71,6 +71,13 @@ def counters(stats: common.InstanceStats) -> dict[str, int]:
     return {name: int(getattr(stats, name)) for name in fields}
 
 
+def kv_note(reply: admin.StatusReply) -> str:
+    """What everybody who reads tokens of this cluster should know of its hand-offs; empty: nothing."""
+    if "kv_compression_fp8" in reply.counters:
+        return "network.kv_compression is fp8: tokens may differ from those of one instance alone"
+    return ""
+
+
 def status_json(reply: admin.StatusReply) -> dict[str, Any]:
     """The whole status as `--json` prints it."""
     return {
@@ -120,6 +127,8 @@ def status(cluster: Cluster = None, timeout: Timeout = 10.0, as_json: Json = Fal
             for one in reply.instances
         ],
     )  # fmt: skip
+    if note := kv_note(reply):
+        stdout.print(note, markup=False)
     if reply.moves_begun:
         last = next((one for one in reply.moves if one.event == "begun"), None)
         why = f"; the last: {last.request_id} from {last.source} to {last.target}, {last.why}: {last.note}" if last else ""

@@ -117,6 +117,8 @@ class IngressServer:
             certificates=security.checks,
         )
         await parts.owner.register()
+        if self._network.kv_compression != "none":
+            parts.metrics.count(f"kv_compression_{self._network.kv_compression}")
         self._parts = parts
         self._health = HealthServicer()
         inference_pb2_grpc.add_InferenceServicer_to_server(parts.service, self._clients)  # type: ignore[no-untyped-call]

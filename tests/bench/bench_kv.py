@@ -1,10 +1,12 @@
-"""The KV plane. Two parts, each in files of its own (`--parts transport,handoff`):
+"""The KV plane. Three parts, each in files of its own (`--parts transport,handoff,packing`):
 
     make bench-kv ARGS="--parts transport --blocks 64,256,1024,4096,16384 --megabytes 512 --rounds 5 --peers nixl,mooncake"
     make bench-kv ARGS="--parts handoff --models smollm2,tiny4 --prompts 1024,8192,32768 --rounds 5 --json"
+    make bench-kv ARGS="--parts packing --models smollm2,tiny4 --rounds 5"
 
 Transport: KV between two processes on loopback: this plane, a raw TCP socket, NIXL (UCX over TCP) and Mooncake (TCP), in turns.
 Hand-off: requests on the torch engine beside the same ones without a hand-off; see tests/bench/kv/handoff.py.
+Packing: what lossless and fp8 packing save and cost, and what fp8 does to tokens; see tests/bench/kv/packing.py.
 
 Every transport moves the same bytes from touched memory to touched memory; ours verifies a digest of each layer group, the
 others verify nothing. The clock runs from the first byte to the moment at which the source knows that all have arrived.
@@ -19,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -31,6 +34,7 @@ PEERS: dict[str, tuple[str, Callable[[], PeerEnv]]] = {
     "nixl": ("NIXL, UCX over TCP", ensure_nixl),
     "mooncake": ("Mooncake, TCP", ensure_mooncake),
 }
+PARTS = ("transport", "handoff", "packing")
 _TIMEOUT_S = 120.0
 
 Measure = Callable[[int, int], dict[str, float]]
@@ -39,8 +43,8 @@ Measure = Callable[[int, int], dict[str, float]]
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Exits with code 2 on bad usage."""
     parser = argparse.ArgumentParser(prog="bench kv", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parts", default="transport,handoff", help="of transport,handoff")
-    parser.add_argument("--models", default=",".join(handoff.MODELS), help="of the hand-offs")
+    parser.add_argument("--parts", default="transport,handoff,packing", help="of transport,handoff,packing")
+    parser.add_argument("--models", default=",".join(handoff.MODELS), help="of the hand-offs and of the packing")
     parser.add_argument("--prompts", default="1024,8192,32768", help="of the hand-offs: tokens")
     parser.add_argument("--chunk", type=int, default=512, help="of the hand-offs: tokens of a prefill step")
     parser.add_argument("--json", action="store_true", help="print the files too")
@@ -55,8 +59,8 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.rounds, options.megabytes, options.blocks, options.prompts = 2, 128, "64,1024", "1024"
     options.parts, options.models = options.parts.split(","), options.models.split(",")
     options.prompts = tuple(int(tokens) for tokens in options.prompts.split(","))
-    if set(options.parts) - {"transport", "handoff"} or set(options.models) - set(handoff.MODELS):
-        parser.error("--parts are of transport,handoff and --models of " + ",".join(handoff.MODELS))
+    if set(options.parts) - set(PARTS) or set(options.models) - set(handoff.MODELS):
+        parser.error(f"--parts are of {','.join(PARTS)} and --models of " + ",".join(handoff.MODELS))
     if min(options.prompts) < 64:
         parser.error("--prompts are of 64 tokens at least")
     options.blocks = tuple(int(size) for size in options.blocks.split(","))
@@ -161,10 +165,31 @@ def handoff_part(options: argparse.Namespace) -> None:
     )
 
 
+def packing_part(options: argparse.Namespace) -> None:
+    """Every model that packing knows; writes `kv-packing.json`."""
+    from tests.bench.kv import packing
+
+    prompts = 4 if options.quick else 20
+    rows = packing.measure(options.models, options.rounds, prompts)
+    publish(
+        "kv-packing",
+        rows,
+        kv_tokens=packing.KV_TOKENS,
+        prompts=prompts,
+        new_tokens=packing.NEW_TOKENS,
+        zstandard=version("zstandard"),
+        threads="1 packs and unpacks, CPU seconds of that thread; 1 computes",
+    )
+
+
 def main(arguments: Sequence[str] | None = ()) -> None:
     """Runs the benchmark."""
     options = options_of(arguments)
-    parts = {"transport": (transport_part, "kv.json"), "handoff": (handoff_part, "kv-handoff.json")}
+    parts = {
+        "transport": (transport_part, "kv.json"),
+        "handoff": (handoff_part, "kv-handoff.json"),
+        "packing": (packing_part, "kv-packing.json"),
+    }
     for name in options.parts:
         run, file = parts[name]
         run(options)

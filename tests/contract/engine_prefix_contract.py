@@ -8,9 +8,19 @@ import pytest
 
 from protos.contract.block_hash import block_hashes, root_hash
 from protos.contract.errors import BadFrame, OutOfBlocks, StaleEpoch
-from tests.contract.driver import EngineFactory, EngineShape, Expected, a_prompt, a_request, assert_empty, run
+from tests.contract.driver import (
+    EngineFactory,
+    EngineShape,
+    Expected,
+    a_prompt,
+    a_request,
+    assert_empty,
+    copy_blocks,
+    prefill,
+    run,
+)
 from workers.engine_api.protocol import Engine
-from workers.engine_api.types import PrefixTicket, SamplingParams
+from workers.engine_api.types import Phase, PrefixTicket, SamplingParams
 
 SHAPE = EngineShape(num_blocks=16)
 SAMPLING = SamplingParams(max_tokens=6, temperature=1.0, seed=3)
@@ -56,6 +66,50 @@ class PrefixContract:
         output = run(target, [a_request("r", prompt, sampling=SAMPLING)])["r"]
         assert output.tokens == expected(prompt, SAMPLING)
         assert output.progress[0].cached_tokens == 40
+
+    def test_rows_that_are_not_exact_are_never_filed(self, make_engine: EngineFactory, expected: Expected) -> None:
+        """Neither what came, nor what is computed on top of it, nor what a pause and a resume leave."""
+        source, target = make_engine(SHAPE), make_engine(SHAPE)
+        request = a_request("r", a_prompt(source, 30), phase=Phase.PREFILL, sampling=SamplingParams(max_tokens=20))
+        first = tuple(prefill(source, request).tokens)
+        run(target, [a_request("q", request.prompt[:9], max_tokens=1)])
+        blocks = source.pin("r", 1)
+        ticket = target.import_begin(request, 30)
+        assert ticket.reused_blocks == 1, "exact blocks are shared all the same"
+        copy_blocks(source, blocks, target, ticket)
+        target.drain_cache_events()
+        target.import_commit("r", 1, first, exact=False)
+        target.step()
+        assert target.pause("r", 1) is not None
+        target.unpin("r", 1)
+        assert target.resume("r", 1)
+        output = run(target)["r"]
+        tokens = (*request.prompt, *first, *output.tokens)
+        assert len(tokens) - len(request.prompt) >= 19
+        assert target.drain_cache_events() == ()
+        assert target.match_prefix(names_of(target, tokens)) == 1, "only the block that was computed here"
+        assert_empty(target)
+        again = run(target, [a_request("s", request.prompt, sampling=SAMPLING)])["s"]
+        assert again.tokens == expected(request.prompt, SAMPLING)
+        assert again.progress[0].cached_tokens == 8
+        source.unpin("r", 1)
+        assert source.release("r", 1)
+
+    def test_rows_that_are_computed_again_are_exact(self, make_engine: EngineFactory) -> None:
+        """A preempted sequence forgets that its rows came from elsewhere."""
+        source, target = make_engine(SHAPE), make_engine(replace(SHAPE, num_blocks=8))
+        run(target, [a_request("old", a_prompt(target, 24, 7), max_tokens=1)])
+        request = a_request("r", a_prompt(source, 17), phase=Phase.PREFILL, sampling=SamplingParams(max_tokens=24))
+        first = tuple(prefill(source, request).tokens)
+        target.add(a_request("older", a_prompt(target, 24, 8), max_tokens=30))
+        target.step()
+        blocks = source.pin("r", 1)
+        copy_blocks(source, blocks, target, target.import_begin(request, 17))
+        target.import_commit("r", 1, first, exact=False)
+        run(target)
+        assert target.stats().preemptions > 0, "the case is not the one that is meant"
+        assert target.match_prefix(names_of(target, request.prompt)) == 2
+        assert_empty(target)
 
     def test_only_what_is_missing_is_asked_for(self, make_engine: EngineFactory, expected: Expected) -> None:
         source, target = make_engine(SHAPE), make_engine(SHAPE)

@@ -42,7 +42,7 @@ class MemoryPool:
         return ImportTicket(request_id=request.request_id, epoch=request.epoch, block_ids=ids, reused_blocks=self._reused)
 
     def import_commit(
-        self, request_id: str, epoch: int, next_token_ids: tuple[int, ...], num_tokens: int | None = None
+        self, request_id: str, epoch: int, next_token_ids: tuple[int, ...], num_tokens: int | None = None, exact: bool = True
     ) -> None: ...
 
     def import_abort(self, request_id: str, epoch: int) -> bool:

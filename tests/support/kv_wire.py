@@ -34,6 +34,7 @@ class FaultyWire(kv_pb2_grpc.KvTransferServicer):
         self._server: Any = None
         self.address = ""
         self.mutate: Mutate = lambda n, frame: [frame]
+        self.change_open: Callable[[kv.OpenRequest], None] = lambda request: None
         self.before_cut: Callable[[], Awaitable[None]] | None = None
         self.closed = False  # nobody can open
         self.drop_replies = 0
@@ -60,6 +61,7 @@ class FaultyWire(kv_pb2_grpc.KvTransferServicer):
         if self.closed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the wire is down")
         self.opens += 1
+        self.change_open(request)
         try:
             reply: kv.OpenReply = await self._stub.Open(request, timeout=10)
         except grpc.aio.AioRpcError as error:

@@ -120,9 +120,9 @@ class BlockLedger:
         self.pool.free_blocks(reversed(sequence.take_blocks()))
 
     def file_computed(self, sequence: Sequence) -> None:
-        """Files the blocks that computed rows fill and that were not offered before."""
+        """Files the blocks that computed rows fill and that were not offered before; rows that are not exact have no name."""
         first, full = sequence.num_filed, sequence.num_computed // sequence.block_tokens
-        if full <= first or not self._caching:
+        if full <= first or not self._caching or not sequence.is_exact:
             return
         names = sequence.names_of(full)
         parent = names[first - 1] if first else sequence.root

@@ -205,7 +205,7 @@ class PagedEngine:
         self._gate.write(block_id, group, offset_bytes, data)
 
     def import_commit(
-        self, request_id: str, epoch: int, next_token_ids: tuple[int, ...], num_tokens: int | None = None
+        self, request_id: str, epoch: int, next_token_ids: tuple[int, ...], num_tokens: int | None = None, exact: bool = True
     ) -> None:
         """Raises BadFrame, and leaves the import open, when the sequence cannot go on behind `next_token_ids`."""
         with self._lock:
@@ -217,8 +217,7 @@ class PagedEngine:
             check_handed_tokens(sequence.request, next_token_ids, rows, room_tokens, self._identity)
             self._plan = None
             self._gate.close(sequence.blocks)
-            sequence.tokens += next_token_ids
-            sequence.num_computed = rows
+            sequence.imported(next_token_ids, rows, exact)
             self._ledger.trim(sequence)
             self._ledger.file_computed(sequence)
             sequence.foresee()

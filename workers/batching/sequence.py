@@ -47,7 +47,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "_counts", "_table", "block_tokens", "blocks", "cached_tokens", "chunks", "constraint", "epoch", "names",
+        "_counts", "_table", "block_tokens", "blocks", "cached_tokens", "chunks", "constraint", "epoch", "is_exact", "names",
         "num_computed", "num_filed", "num_prompt", "order", "preempted", "request", "request_id", "root", "sampling",
         "state", "tokens",
     )  # fmt: skip
@@ -75,6 +75,7 @@ class Sequence:
         self.num_prompt = len(request.prompt)
         self.num_computed = 0
         self.num_filed = 0  # leading blocks that came from the prefix cache or were offered to it
+        self.is_exact = True  # rows came from here or are what would have come: others are never filed
         self.cached_tokens = 0
         self.chunks = 0
         self.preempted = False
@@ -135,11 +136,18 @@ class Sequence:
             names.append(next_hash(names[-1] if names else self.root, self.tokens[start : start + size]))
         return names[:count]
 
+    def imported(self, next_token_ids: tuple[int, ...], num_rows: int, exact: bool) -> None:
+        """So many rows came from another engine, and the tokens that it sampled."""
+        self.tokens += next_token_ids
+        self.num_computed = num_rows
+        self.is_exact = exact
+
     def take_blocks(self) -> list[int]:
         """Empties the block table and forgets all computed rows; the caller owns the references now."""
         blocks, self.blocks = self.blocks, []
         self._table = ()
         self.num_computed = 0
+        self.is_exact = True
         return blocks
 
     def give_up_blocks(self, first: int) -> list[int]:

@@ -123,13 +123,14 @@ class Engine(Protocol):
         ...
 
     def import_commit(
-        self, request_id: str, epoch: int, next_token_ids: tuple[int, ...], num_tokens: int | None = None
+        self, request_id: str, epoch: int, next_token_ids: tuple[int, ...], num_tokens: int | None = None, exact: bool = True
     ) -> None:
         """The imported rows are verified: the sequence decodes from the next step on.
 
         `next_token_ids` are the outputs sampled elsewhere; the engine does not report them again. `num_tokens` rows came, by
         default those that `import_begin` named; what was reserved beyond them is given back. Full blocks enter the prefix
-        cache now and not earlier. Raises StaleEpoch when no such import is open.
+        cache now and not earlier; where the rows are not `exact`, what this engine would have computed, neither they nor those
+        computed on top of them ever do. Raises StaleEpoch when no such import is open.
         """
         ...
 

@@ -10,6 +10,7 @@ from protos.contract.token_logprobs import unpack_logprobs
 from protos.wire import common, differing_fields, kv
 from workers.engine_api.types import EngineRequest, KvLayout
 from workers.kv_transfer.block_names import sequence_hashes
+from workers.kv_transfer.encodings import MAX_OFFERED
 
 MAX_NEXT_TOKENS = 16
 
@@ -67,6 +68,8 @@ def check_addressee(claim: kv.OpenRequest, here: Addressee) -> None:
         raise FingerprintMismatch(
             f"{claim.source_instance} and {here.instance_id} do not serve the same thing: {'; '.join(differing)}"
         )
+    if len(claim.offer.encodings) > MAX_OFFERED:
+        raise BadFrame(f"open: {len(claim.offer.encodings)} encodings are offered, at most {MAX_OFFERED}")
     if claim.layers_per_group != here.layout.layers_per_group:
         raise BadFrame(f"open: {claim.layers_per_group} layers in a group, not {here.layout.layers_per_group}")
 

@@ -100,7 +100,8 @@ class Commitments:
             await self._reach("import.before_commit")
             # The engine computes while Redis is asked; what it samples waits for the answer and is dropped with a refusal.
             transfer.in_engine = True
-            await self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens, end.num_tokens))
+            exact = transfer.is_exact
+            await self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens, end.num_tokens, exact))
             await self._reach("import.in_engine")
             await self._hooks.commit(request_id, epoch)
             if transfer.ended_by is not None:

@@ -18,9 +18,15 @@ class DigestScope:
     """What all digests of one hand-off share: fingerprint, request and epoch."""
 
     def __init__(self, fingerprint_key: str, request_id: str, epoch: int) -> None:
+        self._place = (fingerprint_key, request_id, epoch)
         fields = (fingerprint_key.encode(), request_id.encode())
         prefix = b"".join(struct.pack("<I", len(field)) + field for field in fields)
         self._prefix = prefix + struct.pack("<Q", epoch)
+
+    def packed(self, encoding: str) -> DigestScope:
+        """The scope of digests over packed bytes, which verify as nothing else."""
+        fingerprint_key, request_id, epoch = self._place
+        return DigestScope(f"{fingerprint_key} {encoding}", request_id, epoch)
 
     def start(self, block_index: int, group: int) -> xxhash.xxh3_128:
         """A digest to feed with the bytes of one layer group, in order."""

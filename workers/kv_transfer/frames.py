@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 import xxhash
 
 from protos.contract.errors import BadFrame, DigestMismatch
+from protos.wire import kv
 from workers.engine_api.types import KvLayout
 from workers.kv_transfer.digest import DIGEST_BYTES, DigestScope
 from workers.kv_transfer.push_codec import MAX_PARTS, DataFrame
 
 
-def split(block_index: int, group: int, data: memoryview, digest: bytes, frame_bytes: int) -> Iterator[DataFrame]:
+def split(
+    block_index: int, group: int, data: memoryview, digest: bytes, frame_bytes: int, encoding: int = kv.KV_ENCODING_NONE
+) -> Iterator[DataFrame]:
     """The frames of one layer group, in order; the digest is in the last one. A payload is a view of at most `frame_bytes`."""
     view = data.cast("B") if data.format != "B" or data.ndim != 1 else data
     total = len(view)
@@ -31,6 +34,7 @@ def split(block_index: int, group: int, data: memoryview, digest: bytes, frame_b
             offset_bytes=offset,
             payload=payload,
             digest=digest if last else b"",
+            encoding=encoding,
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from protos.wire import common
 from workers.engine_api.types import EngineRequest
 from workers.kv_transfer.counters import TransferCounters
+from workers.kv_transfer.encodings import Compression
 from workers.kv_transfer.port import EnginePort
 
 
@@ -34,6 +35,7 @@ class HandoffJob:
     capability: bytes = b""  # serialised kv.Capability; empty where none is needed
     ahead_tokens: int = 0  # rows that may come on top: the request decodes at the source while it moves
     source_epoch: int | None = None  # of a move: the source holds the request at this epoch until the commit
+    is_exact: bool = True  # the source has the rows that it would have computed itself
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +85,7 @@ class SendContext:
     stream_bytes: int
     progress_timeout_s: float
     open_patience_s: float
+    compression: Compression = "none"  # what this side is configured for; the receiver chooses
     engine_alive: Callable[[], bool] = lambda: True
     reach: Callable[[str], Awaitable[None]] = _pass
     on_progress: Callable[[str, int], None] = lambda request_id, epoch: None

@@ -20,6 +20,7 @@ class Arrived:
     first_output_index: int
     timeline: common.Timeline
     next_logprobs: tuple[bytes, ...] = ()  # packed, of next_token_ids; empty: none
+    is_exact: bool = True  # its rows are those that this instance would have computed
 
 
 class ReceiverHooks(Protocol):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from protos.wire import kv
 
@@ -29,6 +30,7 @@ class DataFrame:
     offset_bytes: int
     payload: memoryview
     digest: bytes
+    encoding: int = kv.KV_ENCODING_NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,11 @@ def encode_data(transfer_id: str, epoch: int, frames: Sequence[DataFrame], strea
     field = _PUSH["data"]
     for frame in frames:
         fields = kv.BlockFrame(
-            block_index=frame.block_index, layer_group=frame.layer_group, offset_bytes=frame.offset_bytes, digest=frame.digest
+            block_index=frame.block_index,
+            layer_group=frame.layer_group,
+            offset_bytes=frame.offset_bytes,
+            digest=frame.digest,
+            encoding=cast("kv.KvEncoding", frame.encoding),
         )
         size = frame.payload.nbytes
         inner = fields.SerializeToString() + _head(_BLOCK["payload"], size)
@@ -93,7 +99,7 @@ def decode_push(message: bytes) -> PushMessage:
 
 
 def _decode_block(view: memoryview) -> DataFrame:
-    block_index = layer_group = offset_bytes = 0
+    block_index = layer_group = offset_bytes = encoding = 0
     payload, digest = view[:0], b""
     for number, value in _fields(view, _MAX_FIELDS):
         if number == _BLOCK["block_index"]:
@@ -106,7 +112,9 @@ def _decode_block(view: memoryview) -> DataFrame:
             payload = _bytes(value)
         elif number == _BLOCK["digest"]:
             digest = bytes(_bytes(value))
-    return DataFrame(block_index, layer_group, offset_bytes, payload, digest)
+        elif number == _BLOCK["encoding"]:
+            encoding = _number(value, 32)
+    return DataFrame(block_index, layer_group, offset_bytes, payload, digest, encoding)
 
 
 def _fields(view: memoryview, limit: int) -> list[tuple[int, int | memoryview]]:

@@ -26,6 +26,7 @@ from workers.kv_transfer.authority import Authority, StoreClock
 from workers.kv_transfer.claims import check_addressee
 from workers.kv_transfer.commitment import Commitments
 from workers.kv_transfer.counters import TransferCounters
+from workers.kv_transfer.encodings import Compression
 from workers.kv_transfer.hooks import ReceiveLimits, ReceiverHooks
 from workers.kv_transfer.ledger import Ledger
 from workers.kv_transfer.lifecycle import ReceiveState
@@ -56,6 +57,7 @@ class Receiver:
         limits: ReceiveLimits,
         reach: Callable[[str], Awaitable[None]] = _pass,
         authority: Authority | None = None,
+        compression: Compression = "none",
     ) -> None:
         self._hooks = hooks
         self._ledger = ledger
@@ -67,7 +69,13 @@ class Receiver:
         self._placement = Placement(port, counters)
         self._returns = Returns(port, hooks, ledger, self._table, self._tasks)
         self._reservations = Reservations(
-            port=port, hooks=hooks, ledger=ledger, limits=limits, table=self._table, returns=self._returns
+            port=port,
+            hooks=hooks,
+            ledger=ledger,
+            limits=limits,
+            table=self._table,
+            returns=self._returns,
+            compression=compression,
         )
         self._commitments = Commitments(
             port=port,
@@ -121,7 +129,7 @@ class Receiver:
                     yield kv.PushReply(commit=await self._commitments.end(at, frame.end))
                     return
                 for part in frame.data:
-                    self._placement.place(at.transfer, at.stripe, part)
+                    await self._placement.place(at, part)
                 if frame.data:
                     credit = at.stripe.regrant()
                     if credit:

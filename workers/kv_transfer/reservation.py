@@ -10,10 +10,12 @@ from protos.contract.errors import BadFrame, StaleEpoch
 from protos.wire import fingerprint_key, kv
 from workers.kv_transfer.claims import Addressee, Expectation, check_expected
 from workers.kv_transfer.digest import DigestScope
+from workers.kv_transfer.encodings import Compression, Encoding, chosen
 from workers.kv_transfer.frames import Reassembly
 from workers.kv_transfer.hooks import ReceiveLimits, ReceiverHooks
 from workers.kv_transfer.ledger import Entry, Ledger
 from workers.kv_transfer.lifecycle import ReceiveState
+from workers.kv_transfer.packing import GroupUnpacker
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.returns import Returns
 from workers.kv_transfer.striping import first_at, granted_streams, leading_blocks
@@ -32,6 +34,7 @@ class Reservations:
         limits: ReceiveLimits,
         table: TransferTable,
         returns: Returns,
+        compression: Compression,
     ) -> None:
         self._port = port
         self._hooks = hooks
@@ -39,6 +42,7 @@ class Reservations:
         self._limits = limits
         self._table = table
         self._returns = returns
+        self._compression = compression
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def open(self, claim: kv.OpenRequest, here: Addressee) -> kv.OpenReply:
@@ -51,6 +55,9 @@ class Reservations:
             if current is not None and current.expected == expected:
                 if claim.num_tokens != current.room_tokens:
                     raise BadFrame(f"{claim.request_id}: opened with {current.room_tokens} tokens, now {claim.num_tokens}")
+                form = (self._encoding_of(claim, here), not claim.offer.inexact)
+                if form != (current.unpacker.encoding, current.is_exact_source):
+                    raise BadFrame(f"{claim.request_id}: opened again with another offer of encodings")
                 return await self._open_again(current, claim.streams)
             if current is not None and current.epoch >= claim.epoch:
                 raise StaleEpoch(f"{claim.request_id}: epoch {current.epoch} is here already")
@@ -71,6 +78,9 @@ class Reservations:
             transfer.stripe_over(leading_blocks(transfer.next_blocks), streams)
         return self._reply(transfer)
 
+    def _encoding_of(self, claim: kv.OpenRequest, here: Addressee) -> Encoding:
+        return chosen(self._compression, claim.offer.encodings, here.layout)
+
     def _granted(self, transfer: Transfer, asked: int) -> int:
         return granted_streams(asked, self._limits.streams, transfer.num_blocks - transfer.ticket.reused_blocks)
 
@@ -82,6 +92,7 @@ class Reservations:
             credit_bytes=credit,
             first_block=leading_blocks(next_blocks),
             next_blocks=next_blocks if len(next_blocks) > 1 else (),
+            encoding=transfer.unpacker.encoding.value,
         )
 
     async def _reserve(self, expected: Expectation, here: Addressee, claim: kv.OpenRequest) -> kv.OpenReply:
@@ -96,6 +107,8 @@ class Reservations:
                 here.layout, scope, first_at(stream, streams, first), len(ticket.block_ids), streams
             ),
             scope=scope,
+            unpacker=GroupUnpacker(self._encoding_of(claim, here), here.layout, scope),
+            is_exact_source=not claim.offer.inexact,
             window_bytes=self._limits.window_bytes,
             room_tokens=room_tokens,
             touched_s=time.monotonic(),

@@ -30,6 +30,7 @@ from protos.wire import common, fingerprint_key, kv
 from workers.kv_transfer.attempt import Attempt
 from workers.kv_transfer.block_names import sequence_hashes
 from workers.kv_transfer.digest import DigestScope
+from workers.kv_transfer.encodings import Encoding, agreed, offered
 from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, SendContext
 from workers.kv_transfer.lifecycle import Lifecycle, SendState, sending
 from workers.kv_transfer.measures import Measures
@@ -172,6 +173,7 @@ class Handoff:
             epoch=self.job.request.epoch,
             credit_bytes=reply.credit_bytes,
             next_blocks=next_blocks,
+            encoding=agreed(reply.encoding, self._offered()),
         )
 
     def _committed(self) -> HandoffResult:
@@ -221,7 +223,11 @@ class Handoff:
             capability=kv.Capability.FromString(job.capability),
             deadline_s=self._context.progress_timeout_s,
             streams=wanted_streams(self.num_blocks * layout.block_bytes, self._context.stream_bytes, self._context.streams),
+            offer=kv.KvOffer(encodings=[one.value for one in self._offered()], inexact=not job.is_exact),
         )
+
+    def _offered(self) -> tuple[Encoding, ...]:
+        return offered(self._context.compression, self._context.port.layout)
 
     async def _make_end(self) -> kv.EndFrame:
         ending = self._supply.ending

@@ -11,9 +11,11 @@ from typing import Any
 from protos.wire import kv
 from workers.kv_transfer.bell import Bell
 from workers.kv_transfer.digest import DigestScope
+from workers.kv_transfer.encodings import Encoding
 from workers.kv_transfer.frames import Batch, split
 from workers.kv_transfer.handoff_job import Ending, SendContext
 from workers.kv_transfer.measures import Measures
+from workers.kv_transfer.packing import GroupPacker
 from workers.kv_transfer.push_codec import encode_data, encode_other
 from workers.kv_transfer.push_stream import PushStream
 from workers.kv_transfer.striping import count_between
@@ -39,6 +41,7 @@ class Plan:
     epoch: int
     credit_bytes: int
     next_blocks: tuple[int, ...]
+    encoding: Encoding = Encoding.NONE
 
     @property
     def streams(self) -> int:
@@ -63,7 +66,7 @@ class StreamFeed:
         self._number = number
         self._plan = plan
         self._supply = supply
-        self._scope = scope
+        self._packer = GroupPacker(plan.encoding, context.port.layout, scope)
         self._context = context
         self._measures = measures
         self._open_call = open_call
@@ -121,8 +124,8 @@ class StreamFeed:
         for group in range(port.layout.num_groups):
             await self._context.reach("handoff.mid_push")
             data = port.export_kv(ready[index], group)
-            digest = self._scope.of(index, group, data)
-            for frame in split(index, group, data, digest, batch.limit_bytes):
+            payload, digest = await self._packer.pack(index, group, data)
+            for frame in split(index, group, payload, digest, batch.limit_bytes, self._plan.encoding.value):
                 if not batch.has_room(frame):
                     await self._flush()
                 batch.add(frame)

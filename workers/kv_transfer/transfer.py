@@ -17,6 +17,7 @@ from workers.kv_transfer.frames import Reassembly
 from workers.kv_transfer.hooks import Arrived
 from workers.kv_transfer.ledger import Key, Side
 from workers.kv_transfer.lifecycle import Lifecycle, ReceiveState, receiving
+from workers.kv_transfer.packing import GroupUnpacker
 from workers.kv_transfer.stripe import Stripe
 
 
@@ -28,6 +29,8 @@ class Transfer:
     ticket: ImportTicket
     make_reassembly: Callable[[int, int, int], Reassembly]
     scope: DigestScope
+    unpacker: GroupUnpacker
+    is_exact_source: bool  # the sender has the rows that it would have computed itself
     window_bytes: int
     room_tokens: int  # KV rows that blocks were reserved for
     touched_s: float
@@ -56,6 +59,11 @@ class Transfer:
         return Key(self.request_id, self.epoch, Side.RECEIVE)
 
     @property
+    def is_exact(self) -> bool:
+        """True when the rows here are those that this instance would have computed."""
+        return self.is_exact_source and self.unpacker.encoding.is_exact
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of the whole sequence."""
         return len(self.ticket.block_ids)
@@ -77,6 +85,7 @@ class Transfer:
             first_output_index=end.first_output_index,
             timeline=timeline,
             next_logprobs=tuple(end.next_logprobs),
+            is_exact=self.is_exact,
         )
 
     def stripe_over(self, first_block: int, streams: int) -> None:
@@ -94,6 +103,7 @@ class Transfer:
 
     def begin_again(self) -> int:
         """The sender opens again: every stream goes on behind its verified blocks. Gives the credit of each."""
+        self.unpacker.rewind()
         return min(stripe.begin_again() for stripe in self.stripes)
 
     @property

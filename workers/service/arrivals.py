@@ -110,6 +110,7 @@ class Arrivals:
         timeline = sequence.timeline
         timeline.decode_instance = self._me.instance_id
         assignment.timeline = timeline
+        assignment.is_exact = sequence.is_exact
         self._outbox.open(sequence.request_id, sequence.epoch, sequence.first_output_index, assignment.ingress_address)
         for offset, token_id in enumerate(sequence.next_token_ids):
             logprobs = sequence.next_logprobs[offset] if sequence.next_logprobs else b""

@@ -191,6 +191,7 @@ def _handoffs(base: Base, ledger: Ledger, counters: TransferCounters) -> tuple[H
         stream_bytes=base.spec.network.stream_bytes,
         progress_timeout_s=timing.progress_timeout_s,
         open_patience_s=timing.kv_lease_s,
+        compression=base.spec.network.kv_compression,
         engine_alive=lambda: thread.stalled_s() < timing.progress_timeout_s,
         reach=base.failpoints.reach,
         on_progress=on_progress,
@@ -267,6 +268,7 @@ def _receiver(base: Base, arrivals: Arrivals, ledger: Ledger, counters: Transfer
         ),
         reach=base.failpoints.reach,
         authority=base.authority,
+        compression=base.spec.network.kv_compression,
     )
 
 

@@ -80,6 +80,7 @@ class Assignment:
     started_s: float
     progress_s: float
     is_move: bool = False  # it decodes at the peer and comes here
+    is_exact: bool = True  # its rows came as they were computed; false also when they were computed again later
     chunks: int = 0
     cached_tokens: int = 0
     capability: bytes = b""  # of the hand-off to the peer

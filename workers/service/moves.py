@@ -186,6 +186,7 @@ class Moves:
             capability=entry.capability,
             ahead_tokens=ahead,
             source_epoch=assignment.epoch,
+            is_exact=assignment.is_exact,
         )
         return _Move(assignment, known, Handoff(job, self._channels(entry.peer_address), self._context))
 

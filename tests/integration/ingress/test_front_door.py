@@ -16,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from configs.schema.network import IngressConfig, NetworkConfig
+from orchestrator.cli.status import kv_note
 from orchestrator.ingress.auth import METHOD_ROLES, Role, key_digest
 from orchestrator.ingress.server import IngressServer
 from protos.contract.errors import (
@@ -357,5 +358,17 @@ def test_addresses_that_cannot_be_used(fresh_store: FreshStore, tmp_path: Path) 
         with pytest.raises(ConfigError, match="in use"):
             await server(world, f"unix://{path}").start()
         await first.stop(0.0)
+
+    run(fresh_store, scenario)
+
+
+def test_the_status_says_when_hand_offs_change_tokens(fresh_store: FreshStore) -> None:
+    async def scenario(world: World) -> None:
+        for compression, noted in (("none", False), ("lossless", False), ("fp8", True)):
+            world.network = NetworkConfig(kv_compression=compression)
+            await world.restart_ingress()
+            reply = await world.admin.Status(admin.StatusRequest())
+            assert reply.counters.get(f"kv_compression_{compression}", 0) == (compression != "none")
+            assert bool(kv_note(reply)) is noted
 
     run(fresh_store, scenario)

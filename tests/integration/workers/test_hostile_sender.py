@@ -10,13 +10,14 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from configs.schema.network import NetworkConfig
 from protos.contract.errors import AutanError
 from protos.contract.redis_names import pack_tokens
 from protos.rpc import error_of, kv_pb2_grpc, open_channel
 from protos.wire import common, fingerprint_key, kv
 from tests.support.kv_wire import FaultyWire, put_wire
 from tests.support.store import FreshStore
-from tests.support.worker_world import BLOCK_TOKENS, TIMING, WorkerWorld, prompt, until, worker_world
+from tests.support.worker_world import BLOCK_TOKENS, NETWORK, TIMING, WorkerWorld, prompt, until, worker_world
 from workers.kv_transfer.block_names import sequence_hashes
 from workers.kv_transfer.digest import DigestScope
 from workers.service.host import WorkerHost
@@ -80,10 +81,11 @@ class Forger:
 
 
 @asynccontextmanager
-async def forger(fresh: FreshStore) -> AsyncIterator[tuple[Forger, FaultyWire]]:
+async def forger(fresh: FreshStore, network: NetworkConfig = NETWORK) -> AsyncIterator[tuple[Forger, FaultyWire]]:
     async with worker_world(fresh) as world:
         await world.start_worker("prefill-0", "prefill", timing=TIMING.model_copy(update={"kv_lease_s": 10.0}))
-        d = await world.start_worker("decode-0", "decode", timing=TIMING.model_copy(update={"progress_timeout_s": 0.8}))
+        quick = TIMING.model_copy(update={"progress_timeout_s": 0.8})
+        d = await world.start_worker("decode-0", "decode", timing=quick, network=network)
         wire = await put_wire(world, "decode-0")
         wire.closed = True
         try:

@@ -1,11 +1,21 @@
 from protos.gen.autan.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class KvEncoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    KV_ENCODING_NONE: _ClassVar[KvEncoding]
+    KV_ENCODING_LOSSLESS: _ClassVar[KvEncoding]
+    KV_ENCODING_FP8: _ClassVar[KvEncoding]
+KV_ENCODING_NONE: KvEncoding
+KV_ENCODING_LOSSLESS: KvEncoding
+KV_ENCODING_FP8: KvEncoding
 
 class Capability(_message.Message):
     __slots__ = ("mac", "expires_at_ms", "most_blocks")
@@ -18,7 +28,7 @@ class Capability(_message.Message):
     def __init__(self, mac: _Optional[bytes] = ..., expires_at_ms: _Optional[int] = ..., most_blocks: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("request_id", "epoch", "source_instance", "source_incarnation", "target_instance", "target_incarnation", "fingerprint", "num_tokens", "num_blocks", "block_hashes", "layers_per_group", "capability", "deadline_s", "streams")
+    __slots__ = ("request_id", "epoch", "source_instance", "source_incarnation", "target_instance", "target_incarnation", "fingerprint", "num_tokens", "num_blocks", "block_hashes", "layers_per_group", "capability", "deadline_s", "streams", "offer")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +43,7 @@ class OpenRequest(_message.Message):
     CAPABILITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     source_instance: str
@@ -47,19 +58,30 @@ class OpenRequest(_message.Message):
     capability: Capability
     deadline_s: float
     streams: int
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., source_instance: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., target_instance: _Optional[str] = ..., target_incarnation: _Optional[int] = ..., fingerprint: _Optional[_Union[_common_pb2.Fingerprint, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., layers_per_group: _Optional[int] = ..., capability: _Optional[_Union[Capability, _Mapping]] = ..., deadline_s: _Optional[float] = ..., streams: _Optional[int] = ...) -> None: ...
+    offer: KvOffer
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., source_instance: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., target_instance: _Optional[str] = ..., target_incarnation: _Optional[int] = ..., fingerprint: _Optional[_Union[_common_pb2.Fingerprint, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., layers_per_group: _Optional[int] = ..., capability: _Optional[_Union[Capability, _Mapping]] = ..., deadline_s: _Optional[float] = ..., streams: _Optional[int] = ..., offer: _Optional[_Union[KvOffer, _Mapping]] = ...) -> None: ...
+
+class KvOffer(_message.Message):
+    __slots__ = ("encodings", "inexact")
+    ENCODINGS_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_FIELD_NUMBER: _ClassVar[int]
+    encodings: _containers.RepeatedScalarFieldContainer[KvEncoding]
+    inexact: bool
+    def __init__(self, encodings: _Optional[_Iterable[_Union[KvEncoding, str]]] = ..., inexact: _Optional[bool] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("transfer_id", "credit_bytes", "first_block", "next_blocks")
+    __slots__ = ("transfer_id", "credit_bytes", "first_block", "encoding", "next_blocks")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
     NEXT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     credit_bytes: int
     first_block: int
+    encoding: KvEncoding
     next_blocks: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, transfer_id: _Optional[str] = ..., credit_bytes: _Optional[int] = ..., first_block: _Optional[int] = ..., next_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[str] = ..., credit_bytes: _Optional[int] = ..., first_block: _Optional[int] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ..., next_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PushFrame(_message.Message):
     __slots__ = ("transfer_id", "epoch", "data", "end", "more", "stream")
@@ -78,18 +100,20 @@ class PushFrame(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., data: _Optional[_Union[BlockFrame, _Mapping]] = ..., end: _Optional[_Union[EndFrame, _Mapping]] = ..., more: _Optional[_Iterable[_Union[BlockFrame, _Mapping]]] = ..., stream: _Optional[int] = ...) -> None: ...
 
 class BlockFrame(_message.Message):
-    __slots__ = ("block_index", "layer_group", "offset_bytes", "payload", "digest")
+    __slots__ = ("block_index", "layer_group", "offset_bytes", "payload", "digest", "encoding")
     BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
     LAYER_GROUP_FIELD_NUMBER: _ClassVar[int]
     OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
     block_index: int
     layer_group: int
     offset_bytes: int
     payload: bytes
     digest: bytes
-    def __init__(self, block_index: _Optional[int] = ..., layer_group: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    encoding: KvEncoding
+    def __init__(self, block_index: _Optional[int] = ..., layer_group: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ...) -> None: ...
 
 class EndFrame(_message.Message):
     __slots__ = ("num_tokens", "next_token_ids", "first_output_index", "timeline", "since_prefill_s", "next_logprobs", "digest")

@@ -15,19 +15,26 @@ from workers.kv_transfer.push_codec import MAX_PARTS, DataFrame, decode_push, en
 U32 = st.integers(0, 2**32 - 1)
 
 
-@given(st.text(max_size=40), st.integers(0, 2**64 - 1), U32, U32, U32, st.binary(max_size=300), st.binary(max_size=16))
+ENCODINGS = st.sampled_from([*kv.KvEncoding.values(), 99])
+
+
+@given(
+    st.text(max_size=40), st.integers(0, 2**64 - 1), U32, U32, U32, st.binary(max_size=300), st.binary(max_size=16), ENCODINGS
+)
 def test_protobuf_and_the_codec_read_each_other(
-    transfer_id: str, epoch: int, block: int, group: int, offset: int, payload: bytes, digest: bytes
+    transfer_id: str, epoch: int, block: int, group: int, offset: int, payload: bytes, digest: bytes, encoding: int
 ) -> None:
-    message = encode_data(transfer_id, epoch, [DataFrame(block, group, offset, memoryview(payload), digest)])
+    message = encode_data(transfer_id, epoch, [DataFrame(block, group, offset, memoryview(payload), digest, encoding)])
     parsed = kv.PushFrame.FromString(message)
     assert (parsed.transfer_id, parsed.epoch, parsed.WhichOneof("body")) == (transfer_id, epoch, "data")
-    expected = kv.BlockFrame(block_index=block, layer_group=group, offset_bytes=offset, payload=payload, digest=digest)
+    expected = kv.BlockFrame(
+        block_index=block, layer_group=group, offset_bytes=offset, payload=payload, digest=digest, encoding=encoding
+    )
     assert parsed.data == expected
     for encoded in (message, parsed.SerializeToString()):
         back = decode_push(encoded)
         assert (back.transfer_id, back.epoch, back.end) == (transfer_id, epoch, None)
-        assert back.data == (DataFrame(block, group, offset, memoryview(payload), digest),)
+        assert back.data == (DataFrame(block, group, offset, memoryview(payload), digest, encoding),)
 
 
 def test_ends_and_signs_of_life() -> None:
