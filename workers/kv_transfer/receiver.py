@@ -57,6 +57,7 @@ class Receiver:
         reach: Callable[[str], Awaitable[None]] = _pass,
         authority: Authority | None = None,
     ) -> None:
+        self._reach = reach
         self._hooks = hooks
         self._ledger = ledger
         self._counters = counters
@@ -74,7 +75,7 @@ class Receiver:
             hooks=hooks,
             ledger=ledger,
             authority=self._authority,
-            reach=reach,
+            reach=self._pass_by,
             progress_timeout_s=limits.progress_timeout_s,
             returns=self._returns,
             tasks=self._tasks,
@@ -189,6 +190,9 @@ class Receiver:
             raise BadFrame("an empty stream") from None
         except TimeoutError:
             raise HandoffTimeout("no first frame") from None
+
+    async def _pass_by(self, point: str) -> None:
+        await self._reach(point)
 
     def _touch(self, transfer: Transfer) -> None:
         transfer.touched_s = time.monotonic()
