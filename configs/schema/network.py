@@ -55,6 +55,9 @@ class NetworkConfig(Section):
 
     `kv_compression` is how KV blocks travel between workers. `lossless` changes nothing but bytes and CPU time; it pays on
     links that are slower than the packing. `fp8` halves bf16 and fp16, quarters fp32, and changes tokens.
+
+    A hand-off pushes KV in messages of up to `frame_bytes`, over one connection for each full `stream_bytes` of the sequence and
+    at most `streams` of them; the receiver grants no more than its own `streams`. All of them share the credit of the hand-off.
     """
 
     bind: Literal["loopback", "node"] = "loopback"
@@ -62,7 +65,7 @@ class NetworkConfig(Section):
     insecure: bool = False
     tls: TlsConfig | None = None
     max_message_bytes: Bytes = 8 * 1024 * 1024
-    frame_bytes: Bytes = 512 * 1024
+    frame_bytes: Bytes = 1024 * 1024
     credit_bytes: Bytes = 32 * 1024 * 1024
     streams: Annotated[int, Field(ge=1, le=16)] = 4
     stream_bytes: Bytes = 16 * 1024 * 1024

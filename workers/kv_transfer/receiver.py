@@ -59,6 +59,7 @@ class Receiver:
         authority: Authority | None = None,
         compression: Compression = "none",
     ) -> None:
+        self._reach = reach
         self._hooks = hooks
         self._ledger = ledger
         self._counters = counters
@@ -82,7 +83,7 @@ class Receiver:
             hooks=hooks,
             ledger=ledger,
             authority=self._authority,
-            reach=reach,
+            reach=self._pass_by,
             progress_timeout_s=limits.progress_timeout_s,
             returns=self._returns,
             tasks=self._tasks,
@@ -197,6 +198,9 @@ class Receiver:
             raise BadFrame("an empty stream") from None
         except TimeoutError:
             raise HandoffTimeout("no first frame") from None
+
+    async def _pass_by(self, point: str) -> None:
+        await self._reach(point)
 
     def _touch(self, transfer: Transfer) -> None:
         transfer.touched_s = time.monotonic()

@@ -34,7 +34,7 @@ from workers.service.servicers import KvTransferService, add_kv_transfer
 
 _LAYER_BYTES = 64 * 1024
 _WINDOW_BYTES = 8 * 1024 * 1024
-_MOST_STREAMS = 16
+MOST_STREAMS = 16
 _CONTENT, _BLANK = bytes(range(256)), b"\xff" * 256  # either way every page is touched before the clock starts
 
 
@@ -53,7 +53,7 @@ def _cpu_s() -> float:
 async def receive(block_kib: int, blocks: int) -> None:
     """Serves until standard input ends; prints the port first and its CPU seconds last."""
     layout = layout_of(block_kib)
-    limits = ReceiveLimits(window_bytes=_WINDOW_BYTES, streams=_MOST_STREAMS, progress_timeout_s=10.0, remember_s=10.0)
+    limits = ReceiveLimits(window_bytes=_WINDOW_BYTES, streams=MOST_STREAMS, progress_timeout_s=10.0, remember_s=10.0)
     pool, hooks, ledger = MemoryPool(layout, blocks, _BLANK), Hooks(layout, request_of(blocks)), Ledger()
     receiver = Receiver(port=pool, hooks=hooks, ledger=ledger, counters=TransferCounters(), limits=limits)
     server = grpc.aio.server(interceptors=[GuardInterceptor()], options=server_options())
