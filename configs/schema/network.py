@@ -56,7 +56,7 @@ class NetworkConfig(Section):
     `kv_compression` is how KV blocks travel between workers. `lossless` changes nothing but bytes and CPU time; it pays on
     links that are slower than the packing. `fp8` halves bf16 and fp16, quarters fp32, and changes tokens.
 
-    A hand-off pushes KV in messages of up to `frame_bytes`, over one connection for each full `stream_bytes` of the sequence and
+    A hand-off pushes KV in messages of up to `frame_bytes`, over one connection for each full `stream_bytes` of the sequence,
     at most `streams` of them; the receiver grants no more than its own `streams`. All of them share the credit of the hand-off.
     """
 

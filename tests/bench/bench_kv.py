@@ -124,9 +124,9 @@ def rows_of(case: str, samples: dict[str, list[dict[str, float]]], versions: dic
     found = []
     for name in speeds.keys() - versions.keys():
         ours = row(f"KV, {name}", case, "GB/s", speeds[name])
-        for peer, version in versions.items():
+        for peer, peer_version in versions.items():
             value = median(speeds[peer])
-            found.append(replace(ours, peer=peer, peer_version=version, peer_value=value, ratio=ours.ours / value))
+            found.append(replace(ours, peer=peer, peer_version=peer_version, peer_value=value, ratio=ours.ours / value))
     found.sort(key=lambda one: one.metric)
     for name, taken in samples.items():
         used = [one["send_cpu_s_per_gb"] + one["receive_cpu_s_per_gb"] for one in taken]
