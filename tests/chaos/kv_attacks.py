@@ -127,18 +127,25 @@ class AttackRun:
         assert not row.errors and not row.faults, row
 
     async def attack(self, case: Case, tries: int, in_flight: int) -> Row:
-        """`tries` attacks that took effect, several on one request, each request beside one that nobody attacks."""
+        """`tries` attacks that took effect, several on one request; for every few of them a request that nobody attacks."""
         started_s, row, begun = time.monotonic(), Row(case.name, case.source), 0
         alone = case.stage in (Stage.OPEN_REPLY, Stage.PUSH_REPLY) or (case.stage is Stage.CLOSE and case.may_pass)
         most = 1 if alone else TRIES_OF_ONE_REQUEST
 
         async def lane() -> None:
             nonlocal begun
+            unaccompanied = 0
             while begun < tries:
                 count = min(most, tries - begun)
                 begun += count
                 tenant = TENANTS[self._serial % len(TENANTS)]
-                done, _ = await asyncio.gather(self._victim(row, case, count, tenant), self._bystander(row, tenant))
+                attacked = self._victim(row, case, count, tenant)
+                unaccompanied -= count
+                if unaccompanied < 0:
+                    unaccompanied = TRIES_OF_ONE_REQUEST
+                    done, _ = await asyncio.gather(attacked, self._bystander(row, tenant))
+                else:
+                    done = await attacked
                 begun -= count - done
                 if self.wire.broken:
                     raise self.wire.broken[-1]
