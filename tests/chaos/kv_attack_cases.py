@@ -148,10 +148,13 @@ def _huge_push(rng: random.Random, me: Honest, others: Others, transfer_id: str)
 
 def _two_prompts(rng: random.Random, me: Honest, others: Others, _: str) -> kv.OpenRequest:
     other = rng.choice(others.same_tenant).claim
-    return changed(
+    claim: kv.OpenRequest = changed(
         me.claim, num_tokens=me.claim.num_tokens + other.num_tokens, num_blocks=me.claim.num_blocks + other.num_blocks,
         block_hashes=me.claim.block_hashes + other.block_hashes,
     )  # fmt: skip
+    if rng.random() < 0.5:
+        claim.capability.mac = others.keys().sign(grant_of(claim, others.block_bytes))
+    return claim
 
 
 def _two_requests(rng: random.Random, me: Honest, others: Others, transfer_id: str) -> list[Message]:

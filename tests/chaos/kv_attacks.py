@@ -45,6 +45,7 @@ OPERATOR = "operator"
 BLOCK_TOKENS, PROMPT_TOKENS, MAX_TOKENS = 16, 77, 6
 PREFIXES, PREFIX_TOKENS = 4, 2 * BLOCK_TOKENS
 TRIES_OF_ONE_REQUEST = 10
+EXPLAINED = {"FINGERPRINT_MISMATCH"}  # ends its request: the same pair of workers would only fail again
 WAIT_S = 60.0
 SETTLE_S = 20.0
 ENGINE = {"block_tokens": BLOCK_TOKENS, "num_blocks": 2048, "max_batch_tokens": 2048, "max_running": 256}
@@ -66,6 +67,7 @@ class Row:
     bystanders: int = 0
     wrong_tokens: list[str] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
+    victim_errors: list[str] = field(default_factory=list)  # that the attack does not explain
     bystander_errors: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     deaths: list[str] = field(default_factory=list)
@@ -74,14 +76,15 @@ class Row:
     @property
     def faults(self) -> list[str]:
         """Everything that must not be; empty for a case that held."""
-        return [*self.passed, *self.wrong_tokens, *self.bystander_errors, *self.leaks, *self.deaths]
+        return [*self.passed, *self.wrong_tokens, *self.victim_errors, *self.bystander_errors, *self.leaks, *self.deaths]
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
         return {
             "case": self.case, "source": self.source, "tries": self.tries, "outcomes": dict(self.outcomes),
             "passed": self.passed, "requests": self.requests, "bystanders": self.bystanders,
-            "wrong_tokens": self.wrong_tokens, "errors": dict(self.errors), "bystander_errors": self.bystander_errors,
+            "wrong_tokens": self.wrong_tokens, "errors": dict(self.errors), "victim_errors": self.victim_errors,
+            "bystander_errors": self.bystander_errors,
             "leaks": self.leaks, "deaths": self.deaths, "seconds": round(self.seconds, 2),
         }  # fmt: skip
 
@@ -127,18 +130,25 @@ class AttackRun:
         assert not row.errors and not row.faults, row
 
     async def attack(self, case: Case, tries: int, in_flight: int) -> Row:
-        """`tries` attacks that took effect, several on one request, each request beside one that nobody attacks."""
+        """`tries` attacks that took effect, several on one request; for every few of them a request that nobody attacks."""
         started_s, row, begun = time.monotonic(), Row(case.name, case.source), 0
         alone = case.stage in (Stage.OPEN_REPLY, Stage.PUSH_REPLY) or (case.stage is Stage.CLOSE and case.may_pass)
         most = 1 if alone else TRIES_OF_ONE_REQUEST
 
         async def lane() -> None:
             nonlocal begun
+            unaccompanied = 0
             while begun < tries:
                 count = min(most, tries - begun)
                 begun += count
-                tenant = TENANTS[self._serial % len(TENANTS)]
-                done, _ = await asyncio.gather(self._victim(row, case, count, tenant), self._bystander(row, tenant))
+                tenant = TENANTS[row.requests % len(TENANTS)]
+                attacked = self._victim(row, case, count, tenant)
+                unaccompanied -= count
+                if unaccompanied < 0:
+                    unaccompanied = TRIES_OF_ONE_REQUEST
+                    done, _ = await asyncio.gather(attacked, self._bystander(row, tenant))
+                else:
+                    done = await attacked
                 begun -= count - done
                 if self.wire.broken:
                     raise self.wire.broken[-1]
@@ -171,18 +181,19 @@ class AttackRun:
 
     async def _victim(self, row: Row, case: Case, tries: int, tenant: str) -> int:
         self._serial += 1
-        serial = self._serial
-        rng = random.Random(f"{self._seed}/{case.name}/{serial}")
-        attack = Attack(case, tenant, tries, rng)
-        request_id = f"a{serial}"
-        self.wire.attacks[request_id] = attack
         row.requests += 1
+        rng = random.Random(f"{self._seed}/{case.name}/{row.requests}")
+        attack = Attack(case, tenant, tries, rng)
+        request_id = f"a{self._serial}"
+        self.wire.attacks[request_id] = attack
         try:
             await self._request(row, request_id, rng, tenant)
             if case.stage is Stage.REPLAY and tries:
                 await self.wire.replay(attack)
         except AutanError as error:
             row.errors[error.reason] += 1
+            if error.reason not in EXPLAINED:
+                row.victim_errors.append(f"{request_id}: {error.reason}: {error}")
         finally:
             del self.wire.attacks[request_id]
         row.tries += attack.done
@@ -194,8 +205,9 @@ class AttackRun:
         self._serial += 1
         request_id = f"b{self._serial}"
         row.bystanders += 1
+        rng = random.Random(f"{self._seed}/{row.case}/beside/{row.bystanders}")
         try:
-            await self._request(row, request_id, random.Random(f"{self._seed}/{request_id}"), tenant)
+            await self._request(row, request_id, rng, tenant)
         except AutanError as error:
             row.bystander_errors.append(f"{request_id}: {error.reason}: {error}")
 

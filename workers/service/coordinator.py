@@ -30,7 +30,7 @@ from workers.service.handoff_tasks import HandoffTasks
 from workers.service.membership import Membership
 from workers.service.moves import Moves
 from workers.service.outbox import Outbox, packed_logprobs
-from workers.service.request_spec import engine_request
+from workers.service.request_spec import ended_already, engine_request
 from workers.service.retrying import while_store_is_away
 from workers.service.store import InboxEntry, WorkerStore
 from workers.service.task_set import TaskSet
@@ -163,6 +163,11 @@ class Coordinator:
             self._tasks.spawn(parts.arrivals.now_expected())
             return
         parts.outbox.open(request.request_id, request.epoch, len(request.output), assignment.ingress_address)
+        finish = ended_already(request, parts.engine.engine.identity.context_tokens)
+        if finish is not None:
+            self._on_last_token(assignment, finish)
+            parts.outbox.flush()
+            return
         if part is Part.PREFILL:
             parts.handoffs.start(assignment, parts.fingerprint, self)
         self._tasks.spawn(self._begin(assignment))

@@ -8,7 +8,7 @@ from protos.contract.errors import InvalidRequest
 from protos.contract.grammar import ANY_OBJECT, Grammar, GrammarKind
 from protos.contract.redis_names import unpack_tokens
 from protos.wire import common
-from workers.engine_api.types import EngineRequest, Phase, SamplingParams
+from workers.engine_api.types import EngineRequest, FinishReason, Phase, SamplingParams
 from workers.service.store import InboxEntry
 
 
@@ -30,6 +30,19 @@ def engine_request(entry: InboxEntry, phase: Phase) -> EngineRequest:
         phase=phase,
         cache_salt=spec.cache_salt,
     )
+
+
+def ended_already(request: EngineRequest, context_tokens: int) -> FinishReason | None:
+    """How the output that Redis has ended; None while a token is to come.
+
+    Whoever sampled the last token may be gone before the request was finished: then it is placed again with all its tokens.
+    """
+    sampling, output = request.sampling, request.output
+    if output and output[-1] in sampling.stop_token_ids and len(output) > sampling.min_tokens:
+        return FinishReason.STOP
+    if output and (len(output) >= sampling.max_tokens or len(request.prompt) + len(output) >= context_tokens):
+        return FinishReason.LENGTH
+    return None
 
 
 def journal_of(entry: InboxEntry) -> tuple[int, ...]:
