@@ -2,6 +2,7 @@
 
 `python -m tests.bench.kv.wire [BLOCK_KIB BLOCKS FRAME_KIB [ROUNDS]]` prints one JSON line: GB/s from the first open to the
 commit, CPU seconds per GB of both sides, and the GB/s of a raw socket; medians of rounds that alternate. Integrity is on.
+With `tls` before the numbers it compares hand-offs with and without mutual TLS instead.
 """
 
 from __future__ import annotations
@@ -12,15 +13,21 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from asyncio import Future
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
 
+from orchestrator.cli.lab_ca import LabCa
+from protos.certificates import TlsFiles
 from protos.contract.errors import AutanError
-from protos.rpc import GuardInterceptor, open_channel, server_options
+from protos.contract.identity import PeerGate, PeerIdentity, PeerRole
+from protos.rpc import Dialer, GuardInterceptor, server_options
+from protos.tls import Certificates
 from protos.wire import common
 from tests.bench.kv import raw_socket
 from workers.engine_api.types import EngineRequest, ImportTicket, KvLayout, SamplingParams
@@ -34,6 +41,7 @@ from workers.service.servicers import KvTransferService, add_kv_transfer
 
 _LAYER_BYTES = 64 * 1024
 _TOKENS = 64
+_WORKER = PeerIdentity("bench", PeerRole.WORKER)
 _WINDOW_BYTES = 8 * 1024 * 1024
 _CONTENT, _BLANK = bytes(range(256)), b"\xff" * 256  # either way every page is touched before the clock starts
 
@@ -113,15 +121,26 @@ def _cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-async def receive(block_kib: int, blocks: int) -> None:
-    """Serves until standard input ends; prints the port first and its CPU seconds last."""
+def certificates(directory: str) -> Certificates:
+    """Those of a worker, as the product has them; made on first use."""
+    if not (Path(directory) / "ca.pem").exists():
+        LabCa.create(Path(directory), "bench").issue(PeerRole.WORKER)
+    files = TlsFiles(*(Path(directory) / name for name in ("ca.pem", "worker.pem", "worker.key")))
+    return Certificates(files, time.time, _WORKER)
+
+
+async def receive(block_kib: int, blocks: int, tls_dir: str = "") -> None:
+    """Serves until standard input ends; prints the port first and its CPU seconds last. With TLS when there is a directory."""
     layout = layout_of(block_kib)
     limits = ReceiveLimits(window_bytes=_WINDOW_BYTES, progress_timeout_s=10.0, remember_s=10.0)
     pool, hooks, ledger = MemoryPool(layout, blocks, _BLANK), Hooks(layout, _request(blocks)), Ledger()
     receiver = Receiver(port=pool, hooks=hooks, ledger=ledger, counters=TransferCounters(), limits=limits)
-    server = grpc.aio.server(interceptors=[GuardInterceptor()], options=server_options())
+    gate = PeerGate(_WORKER.cluster) if tls_dir else None
+    server = grpc.aio.server(interceptors=[GuardInterceptor(gate=gate)], options=server_options())
     add_kv_transfer(KvTransferService(receiver), server)
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    at = "127.0.0.1:0"
+    port = server.add_secure_port(at, certificates(tls_dir).server_credentials()) if tls_dir else server.add_insecure_port(at)
+    print(port, flush=True)
     await server.start()
     before_s = _cpu_s()
     await asyncio.to_thread(sys.stdin.read)
@@ -131,7 +150,7 @@ async def receive(block_kib: int, blocks: int) -> None:
     await server.stop(0)
 
 
-async def send(port: int, block_kib: int, blocks: int, frame_kib: int) -> tuple[float, float, int]:
+async def send(port: int, block_kib: int, blocks: int, frame_kib: int, tls_dir: str = "") -> tuple[float, float, int]:
     """Hands all blocks over. Seconds, CPU seconds of this side, bytes."""
 
     async def holder_of(request_id: str) -> Holder | None:
@@ -149,7 +168,8 @@ async def send(port: int, block_kib: int, blocks: int, frame_kib: int) -> tuple[
         request=_request(blocks), source_instance="p", source_incarnation=1, target_instance="d", target_incarnation=1,
         fingerprint=common.Fingerprint(model="bench", block_tokens=_TOKENS),
     )  # fmt: skip
-    async with open_channel(f"127.0.0.1:{port}") as channel:
+    dialer = Dialer(trust=certificates(tls_dir).trust(_WORKER) if tls_dir else None)
+    async with dialer.open(f"127.0.0.1:{port}") as channel:
         await channel.channel_ready()
         handoff = Handoff(job, channel, context)
         started_s, before_s = time.monotonic(), _cpu_s()
@@ -171,13 +191,25 @@ def measure_rounds(block_kib: int, blocks: int, frame_kib: int, rounds: int = 1)
     return medians | {"share_of_raw": medians["gb_per_s"] / medians["raw_gb_per_s"]}
 
 
-def measure(block_kib: int, blocks: int, frame_kib: int) -> dict[str, float]:
+def measure_tls(block_kib: int, blocks: int, frame_kib: int, rounds: int = 1) -> dict[str, float]:
+    """Medians of hand-offs with and without TLS, in turns."""
+    found = []
+    with tempfile.TemporaryDirectory() as directory:
+        certificates(directory)
+        for _ in range(rounds):
+            plain, tls = measure(block_kib, blocks, frame_kib), measure(block_kib, blocks, frame_kib, directory)
+            found.append({**{f"plain_{name}": value for name, value in plain.items()}, **tls})
+    medians = {name: statistics.median(one[name] for one in found) for name in found[0]}
+    return medians | {"share_of_plain": medians["gb_per_s"] / medians["plain_gb_per_s"]}
+
+
+def measure(block_kib: int, blocks: int, frame_kib: int, tls_dir: str = "") -> dict[str, float]:
     """One hand-off between two processes."""
-    command = [sys.executable, "-m", "tests.bench.kv.wire", "receive", str(block_kib), str(blocks)]
+    command = [sys.executable, "-m", "tests.bench.kv.wire", "receive", str(block_kib), str(blocks), tls_dir]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None and child.stdout is not None
         port = int(child.stdout.readline())
-        elapsed_s, sent_s, size = asyncio.run(send(port, block_kib, blocks, frame_kib))
+        elapsed_s, sent_s, size = asyncio.run(send(port, block_kib, blocks, frame_kib, tls_dir))
         child.stdin.close()
         received_s = float(child.stdout.readline())
     gigabytes = size / 1e9
@@ -189,6 +221,8 @@ def measure(block_kib: int, blocks: int, frame_kib: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["receive"]:
-        asyncio.run(receive(*map(int, sys.argv[2:])))
+        asyncio.run(receive(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
+    elif sys.argv[1:2] == ["tls"]:
+        print(json.dumps(measure_tls(*map(int, sys.argv[2:] or ("1024", "256", "512", "5")))))
     else:
         print(json.dumps(measure_rounds(*map(int, sys.argv[1:] or ("1024", "256", "512")))))
