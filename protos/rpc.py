@@ -51,6 +51,7 @@ _DOMAIN = "autan"
 _HANDSHAKE_MEANINGS = {
     "Hostname Verification Check failed": "the server's certificate is of another role, cluster or host",
     "unable to get local issuer certificate": "the server's certificate comes from another CA",
+    "BAD_SIGNATURE": "the server's certificate comes from another CA",
     "certificate has expired": "the server's certificate has expired, or a clock is wrong",
     "WRONG_VERSION_NUMBER": "the server has no TLS there",
 }

@@ -53,7 +53,7 @@ class CertificateChecks:
         try:
             async with turns, asyncio.timeout(_HANDSHAKE_S):
                 leaf = await shown_certificate(record.addr, files, self._worker)
-        except (OSError, TimeoutError) as error:  # ssl.SSLError is one
+        except (OSError, TimeoutError, ValueError) as error:  # ssl.SSLError is one
             why = getattr(error, "verify_message", "") or str(error) or "no answer in time"
             text = f"{record.addr} is not believed: {why}"
             return admin.Check(health=admin.HEALTH_BROKEN, name=NAME, subject=record.instance_id, detail=text)

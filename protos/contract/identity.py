@@ -18,6 +18,7 @@ from protos.contract.errors import Forbidden, Unauthenticated
 
 _SCHEME = "spiffe://autan/"
 _URI = re.compile(r"spiffe://autan/(?P<cluster>[A-Za-z0-9_.-]{1,64})/(?P<role>[a-z]{1,16})\Z")
+_LABEL_CHARS = 60
 _PLAIN = re.compile(r"[a-z0-9-]")
 
 
@@ -65,10 +66,12 @@ class PeerIdentity:
     def server_name(self) -> str:
         """The DNS name that a client demands of this server: another one for every cluster and role.
 
-        DNS names know no case and few characters; what is none of `a-z 0-9 -` is written `_` and two hex digits.
+        DNS names know no case, few characters and short labels: what is none of `a-z 0-9 -` is written `_` and two hex digits,
+        and a dot follows every 60 characters.
         """
-        label = "".join(c if _PLAIN.match(c) else f"_{ord(c):02x}" for c in self.cluster)
-        return f"{self.role}.{label}.autan"
+        text = "".join(c if _PLAIN.match(c) else f"_{ord(c):02x}" for c in self.cluster)
+        labels = [text[begin : begin + _LABEL_CHARS] for begin in range(0, len(text), _LABEL_CHARS)]
+        return ".".join([self.role, *labels, "autan"])
 
     def __str__(self) -> str:
         return f"{self.role} of cluster {self.cluster}"

@@ -32,6 +32,7 @@ from tests.support.cluster import (
 from tests.support.worker_world import until
 
 KEY = "a-key-of-the-test"
+CLUSTER = "Turn_1.x"  # letters and signs that DNS names do not have
 MANY = 5000  # tokens of a stream that no test waits for
 
 
@@ -116,8 +117,8 @@ class Rotation:
 
 
 def test_certificates_and_then_the_authority_are_replaced_under_a_live_stream(tmp_path: Path) -> None:
-    lab = a_lab(tmp_path / "tls", "turn")
-    config = oracle_config("turn", network={"tls": lab.section}, engine={"oracle": {"decode_step_s": 0.02}})
+    lab = a_lab(tmp_path / "tls", CLUSTER)
+    config = oracle_config(CLUSTER, network={"tls": lab.section}, engine={"oracle": {"decode_step_s": 0.02}})
     long, short = random_prompt(1, 300), random_prompt(2, 300)
 
     async def asked(client: AsyncClient, prompt: list[int], max_tokens: int) -> None:
@@ -151,7 +152,7 @@ def test_certificates_and_then_the_authority_are_replaced_under_a_live_stream(tm
             await asked(client, short, 5)
             second = await turn.serials()
             old_client = copy_of_client(lab, tmp_path / "old")
-            fresh = LabCa.create(tmp_path / "next", "turn")
+            fresh = LabCa.create(tmp_path / "next", CLUSTER)
             lab.ca.path.write_bytes(lab.ca.path.read_bytes() + fresh.path.read_bytes())
             for role in PeerRole:
                 pair = fresh.issue(role)

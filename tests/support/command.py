@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Autan:
     """The command with a home of its own."""
 
     home: Path
+    extra: dict[str, str] = field(default_factory=dict)  # more environment
 
     def __call__(self, *arguments: str, stdin: str = "", timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -35,7 +36,7 @@ class Autan:
     def environment(self) -> dict[str, str]:
         # What the command set for this process, which has imported it, is not what a shell has.
         inherited = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
-        return {**inherited, "AUTAN_HOME": str(self.home), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        return {**inherited, "AUTAN_HOME": str(self.home), "PYTHONPATH": str(Path(__file__).resolve().parents[2]), **self.extra}
 
     def json(self, *arguments: str, **options: Any) -> Any:
         done = self(*arguments, "--json", **options)

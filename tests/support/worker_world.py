@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from configs.schema.cluster import SchedulingConfig, TimingConfig
@@ -105,11 +106,14 @@ class TestIngress(tokens_pb2_grpc.TokenSinkServicer):
         self.silent = False  # takes tokens and acknowledges nothing
         self._server: Any = None
 
-    async def start(self, address: str = "127.0.0.1:0") -> None:
-        """Serves and registers."""
+    async def start(self, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None) -> None:
+        """Serves and registers; with TLS when there are credentials."""
         self._server = grpc.aio.server(interceptors=[GuardInterceptor()], options=server_options())
         tokens_pb2_grpc.add_TokenSinkServicer_to_server(self, self._server)
-        port = self._server.add_insecure_port(address)
+        if credentials is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, credentials)
         self.address = f"127.0.0.1:{port}"
         await self._server.start()
         self.epoch = (await self.store.ingress(self.name, self.address, 600_000)).epoch
@@ -294,12 +298,12 @@ def describe(host: WorkerHost) -> str:
 
 
 @asynccontextmanager
-async def worker_world(fresh: FreshStore) -> AsyncIterator[WorkerWorld]:
+async def worker_world(fresh: FreshStore, sink_credentials: grpc.ServerCredentials | None = None) -> AsyncIterator[WorkerWorld]:
     """A world without workers yet; everything is stopped at the end."""
     async with await fresh.connect() as store:
         world = WorkerWorld(fresh, store)
         try:
-            await world.ingress.start()
+            await world.ingress.start(credentials=sink_credentials)
             world.leader_epoch = (await store.lead(LEADER, 600_000)).epoch
             yield world
         finally:

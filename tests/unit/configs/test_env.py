@@ -13,7 +13,7 @@ from protos.contract.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (env.HOME, env.MODEL_CACHE, env.ENDPOINT, env.API_KEY, env.LOG_LEVEL):
+    for name in (env.HOME, env.MODEL_CACHE, env.ENDPOINT, env.API_KEY, env.TLS_CA, env.TLS_CERT, env.TLS_KEY, env.LOG_LEVEL):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -43,6 +43,9 @@ def test_values(monkeypatch: pytest.MonkeyPatch) -> None:
         (env.ENDPOINT, "http://x", env.endpoint),
         (env.API_KEY, "secret\nnext", env.api_key),
         (env.LOG_LEVEL, "loud", env.log_level),
+        (env.TLS_CA, "ca.pem", env.client_tls),
+        (env.TLS_CERT, "/c.pem", env.client_tls),
+        (env.TLS_KEY, "/c.key", env.client_tls),
     ],
 )
 def test_bad_values_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, read: Callable[[], object]) -> None:
@@ -61,3 +64,13 @@ def test_children_and_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     child = env.child_environment({"MORE": "1"})
     assert (child["AUTAN_TEST_SET"], child["AUTAN_TEST_UNSET"], child["MORE"]) == ("user's", "ours", "1")
     assert "MORE" not in env.child_environment()
+
+
+def test_certificates_of_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert env.client_tls() == (None, None, None)
+    monkeypatch.setenv(env.TLS_CERT, "/c.pem")
+    monkeypatch.setenv(env.TLS_KEY, "/c.key")
+    with pytest.raises(ConfigError, match=env.TLS_CA):
+        env.client_tls()
+    monkeypatch.setenv(env.TLS_CA, "/ca.pem")
+    assert env.client_tls() == (Path("/ca.pem"), Path("/c.pem"), Path("/c.key"))
