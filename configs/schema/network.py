@@ -25,7 +25,8 @@ class NetworkConfig(Section):
 
     `loopback` binds 127.0.0.1. `node` binds the address that Ray gives the node; an address outside 127.0.0.0/8 is
     refused without `insecure: true` until TLS exists. `advertise_host` is where workers on other nodes reach the
-    orchestrator; by default the address of its own Ray node.
+    orchestrator; by default the address of its own Ray node. With `shared_memory` workers of one host and user read each
+    other's KV pools (CPU) in place, whatever is checked otherwise is checked here too; others send the bytes over gRPC.
     """
 
     bind: Literal["loopback", "node"] = "loopback"
@@ -33,6 +34,7 @@ class NetworkConfig(Section):
     insecure: bool = False
     max_message_bytes: Bytes = 8 * 1024 * 1024
     frame_bytes: Bytes = 512 * 1024
+    shared_memory: bool = True
     credit_bytes: Bytes = 32 * 1024 * 1024
     keepalive_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
     ping_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 2.0

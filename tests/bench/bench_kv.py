@@ -27,6 +27,7 @@ from tests.bench.kv.peer_envs import ROOT, PeerEnv, PeerMissing, ensure_mooncake
 from tests.bench.report import OUT, Row, publish, row
 
 OURS, SOCKET = "autan, 1 stream", "raw TCP socket"
+SHARED = "autan, shared memory"
 PEERS: dict[str, tuple[str, Callable[[], PeerEnv]]] = {
     "nixl": ("NIXL, UCX over TCP", ensure_nixl),
     "mooncake": ("Mooncake, TCP", ensure_mooncake),
@@ -90,8 +91,11 @@ def transports(options: argparse.Namespace) -> tuple[dict[str, Measure], dict[st
     def ours(block_bytes: int, blocks: int) -> dict[str, float]:
         return wire.measure(block_bytes // 1024, blocks, options.frame_kib)
 
+    def shared(block_bytes: int, blocks: int) -> dict[str, float]:
+        return wire.measure(block_bytes // 1024, blocks, options.frame_kib, shared=True)
+
     python = PeerEnv(Path(sys.executable), sys.version.partition(" ")[0])
-    found: dict[str, Measure] = {OURS: ours, SOCKET: pair("socket_pair.py", python)}
+    found: dict[str, Measure] = {OURS: ours, SHARED: shared, SOCKET: pair("socket_pair.py", python)}
     versions = {SOCKET: python.version}
     for name in options.peers:
         title, ensure = PEERS[name]
@@ -109,8 +113,13 @@ def rows_of(case: str, samples: dict[str, list[dict[str, float]]], versions: dic
     speeds = {name: [one["gb_per_s"] for one in taken] for name, taken in samples.items()}
     ours = row("KV between two processes", case, "GB/s", speeds[OURS])
     found = []
+    mapped = row("KV between two processes of a host, shared memory", case, "GB/s", speeds[SHARED])
+    for name in (SOCKET, OURS):
+        peer = median(speeds[name])
+        version = versions.get(name, "")
+        found.append(replace(mapped, peer=name, peer_version=version, peer_value=peer, ratio=mapped.ours / peer))
     for name, values in speeds.items():
-        if name != OURS:
+        if name not in (OURS, SHARED):
             peer = median(values)
             found.append(
                 replace(ours, peer=name, peer_version=versions[name], peer_value=peer, ratio=ours.ours / peer)

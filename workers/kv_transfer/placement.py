@@ -6,11 +6,15 @@ that were given back.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
 from protos.contract.errors import BadFrame
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.push_codec import DataFrame
+from workers.kv_transfer.references import References
 from workers.kv_transfer.transfer import Transfer
 
 
@@ -20,6 +24,19 @@ class Placement:
     def __init__(self, port: EnginePort, counters: TransferCounters) -> None:
         self._port = port
         self._counters = counters
+        self._references = References(port, counters)
+
+    async def place_all(self, transfer: Transfer, frames: Sequence[DataFrame], check_current: Callable[[], None]) -> None:
+        """The frames of one message, in order: those with bytes at once, those that name bytes of a shared pool in turns.
+
+        Raises as `place` and `References.land` do.
+        """
+        for is_reference, run in groupby(frames, key=lambda frame: frame.pool_bytes > 0):
+            if is_reference:
+                await self._references.land(transfer, tuple(run), check_current)
+                continue
+            for frame in run:
+                self.place(transfer, frame)
 
     def place(self, transfer: Transfer, frame: DataFrame) -> None:
         """Checks credit, place and digest of one frame and writes its bytes.

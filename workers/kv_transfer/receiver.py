@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 from protos.contract.errors import (
     AutanError,
@@ -30,6 +31,7 @@ from workers.kv_transfer.hooks import ReceiveLimits, ReceiverHooks
 from workers.kv_transfer.ledger import Ledger
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.placement import Placement
+from workers.kv_transfer.pool_mappings import PoolMappings
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.push_codec import PushMessage
 from workers.kv_transfer.reservation import Reservations
@@ -63,6 +65,7 @@ class Receiver:
         self._limits = limits
         self._authority = authority or Authority(None, StoreClock())
         self._table = TransferTable()
+        self._pools = PoolMappings(enabled=limits.shared_memory, idle_s=limits.remember_s)
         self._tasks = ReceiverTasks()
         self._placement = Placement(port, counters)
         self._returns = Returns(port, hooks, ledger, self._table, self._tasks)
@@ -94,7 +97,8 @@ class Receiver:
             self._authority.admit(claim, here.layout.block_bytes, is_here=is_here)
             check_addressee(claim, here)
             # A caller that hangs up must not leave a reservation that nobody knows of: the work goes on without it.
-            return await asyncio.shield(self._tasks.spawn(self._reservations.open(claim, here)))
+            reply = await asyncio.shield(self._tasks.spawn(self._reservations.open(claim, here)))
+            return self._with_pool(claim, reply)
         except AuthError as error:
             logger.warning("an open of %.64r from %.64r is refused: %s", claim.request_id, claim.source_instance, error)
             raise
@@ -117,8 +121,7 @@ class Receiver:
                 if frame.end is not None:
                     yield kv.PushReply(commit=await self._commitments.end(transfer, frame.end))
                     return
-                for part in frame.data:
-                    self._placement.place(transfer, part)
+                await self._placement.place_all(transfer, frame.data, partial(self._check_current, transfer, stream))
                 if frame.data:
                     credit = transfer.regrant()
                     if credit:
@@ -163,9 +166,11 @@ class Receiver:
         while True:
             await asyncio.sleep(min(1.0, self._limits.progress_timeout_s / 8))
             now_s = time.monotonic()
+            self._pools.forget_idle(now_s)
             for transfer in self._table.all():
                 idle_s = now_s - transfer.touched_s
                 if transfer.lifecycle.state is ReceiveState.COMMITTED:
+                    transfer.pool = None
                     if idle_s > self._limits.remember_s:
                         self._table.remove(transfer)
                 elif transfer.lifecycle.state is not ReceiveState.VERIFYING and idle_s > self._limits.progress_timeout_s:
@@ -174,6 +179,16 @@ class Receiver:
     async def settle(self) -> None:
         """Waits until everything under way inside the receiver is over."""
         await self._tasks.settle()
+
+    def _with_pool(self, claim: kv.OpenRequest, reply: kv.OpenReply) -> kv.OpenReply:
+        """The reply, with the answer to the pool that the sender offers. An earlier offer for the transfer is over."""
+        transfer = self._table.of_id(reply.transfer_id)
+        if transfer is not None:
+            transfer.pool = None
+            if claim.HasField("shared_pool"):
+                transfer.pool, answer = self._pools.answer(claim.shared_pool)
+                reply.shared_pool.CopyFrom(answer)
+        return reply
 
     # -- push -----------------------------------------------------------------------------------------------------------
 

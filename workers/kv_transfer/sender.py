@@ -28,10 +28,12 @@ from protos.rpc import kv_pb2_grpc
 from protos.wire import common, fingerprint_key, kv
 from workers.kv_transfer.block_names import sequence_hashes
 from workers.kv_transfer.digest import DigestScope
-from workers.kv_transfer.frames import Batch, split
+from workers.kv_transfer.frames import Batch
 from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, SendContext
+from workers.kv_transfer.kv_source import KvSource
 from workers.kv_transfer.lifecycle import Lifecycle, SendState, sending
 from workers.kv_transfer.measures import Measures
+from workers.kv_transfer.pool_mappings import offer_of
 from workers.kv_transfer.push_codec import encode_data, encode_other
 from workers.kv_transfer.push_stream import PushStream, stream_error
 
@@ -202,28 +204,28 @@ class Handoff:
             layers_per_group=layout.layers_per_group,
             capability=kv.Capability.FromString(job.capability),
             deadline_s=self._context.progress_timeout_s,
+            shared_pool=offer_of(self._context.segment()),
         )
 
     async def _push(self, stream: PushStream, reply: kv.OpenReply) -> None:
-        batch = Batch(min(self._context.frame_bytes, reply.credit_bytes // 2))
+        limit_bytes = min(self._context.frame_bytes, reply.credit_bytes // 2)
+        source = KvSource(self._context.port, self._scope, self._context.segment() if reply.shared_pool.mapped else None)
+        batch = Batch(limit_bytes, reply.credit_bytes // 2 if reply.shared_pool.mapped else 0)
         self._next_block = reply.first_block
         while self._ending is None or self._next_block < len(self._ready):
             if self._next_block >= len(self._ready):
                 await self._beat(stream)
                 continue
             started_s = time.monotonic()
-            await self._push_block(stream, self._next_block, batch)
+            await self._push_block(stream, source, self._next_block, batch)
             self._measures.spent(started_s, time.monotonic())
             self._next_block += 1
 
-    async def _push_block(self, stream: PushStream, index: int, batch: Batch) -> None:
+    async def _push_block(self, stream: PushStream, source: KvSource, index: int, batch: Batch) -> None:
         """Puts one block into the batch, which goes out when it is full and when no other block is ready."""
-        port = self._context.port
-        for group in range(port.layout.num_groups):
+        for group in range(self._context.port.layout.num_groups):
             await self._context.reach("handoff.mid_push")
-            data = port.export_kv(self._ready[index], group)
-            digest = self._scope.of(index, group, data)
-            for frame in split(index, group, data, digest, batch.limit_bytes):
+            for frame in source.frames(index, self._ready[index], group, batch):
                 if not batch.has_room(frame):
                     await self._flush(stream, batch)
                 batch.add(frame)
@@ -236,10 +238,11 @@ class Handoff:
         if not batch.frames:
             return
         frames, completed = batch.take()
-        size = sum(frame.payload.nbytes for frame in frames)
+        size = sum(frame.size_bytes for frame in frames)
         await stream.send(encode_data(self._transfer_id, self.job.request.epoch, frames), size)
         self._measures.bytes += size
         self._context.counters.kv_bytes_sent += size
+        self._context.counters.kv_bytes_mapped += sum(frame.pool_bytes for frame in frames)
         for index in completed:
             self._count_block(index)
         self._progress()

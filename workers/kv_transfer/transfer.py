@@ -14,6 +14,7 @@ from workers.kv_transfer.frames import Reassembly
 from workers.kv_transfer.hooks import Arrived
 from workers.kv_transfer.ledger import Key, Side
 from workers.kv_transfer.lifecycle import Lifecycle, ReceiveState, receiving
+from workers.kv_transfer.pool_mappings import PoolMapping
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -34,6 +35,7 @@ class Transfer:
     waiting: asyncio.Timeout | None = None
     ended_by: AutanError | None = None
     committing: asyncio.Task[kv.Commit] | None = None
+    pool: PoolMapping | None = None  # the sender's, when frames may name bytes of it
     in_engine: bool = False  # the engine was told to decode it
 
     @property

@@ -1,7 +1,8 @@
 """Our sender and receiver between two processes, without an engine.
 
 `python -m tests.bench.kv.wire [BLOCK_KIB BLOCKS FRAME_KIB [ROUNDS]]` prints one JSON line: GB/s from the first open to the
-commit, CPU seconds per GB of both sides, and the GB/s of a raw socket; medians of rounds that alternate. Integrity is on.
+commit, CPU seconds per GB of both sides, the same through shared memory, and the GB/s of a raw socket; medians of rounds that
+alternate. Integrity is on. Every hand-off is the first of its processes: to map the pool is a part of it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
+import numpy as np
 
 from protos.contract.errors import AutanError
 from protos.rpc import GuardInterceptor, open_channel, server_options
 from protos.wire import common
 from tests.bench.kv import raw_socket
+from workers.engine_api.pool_memory import PoolMemory
 from workers.engine_api.types import EngineRequest, ImportTicket, KvLayout, SamplingParams
 from workers.kv_transfer.claims import Addressee, Expectation
 from workers.kv_transfer.counters import TransferCounters
@@ -48,10 +51,13 @@ def layout_of(block_kib: int) -> KvLayout:
 class MemoryPool:
     """EnginePort over plain memory; blocks have the ids of their places in the sequence."""
 
-    def __init__(self, layout: KvLayout, blocks: int, pattern: bytes) -> None:
+    def __init__(self, layout: KvLayout, blocks: int, pattern: bytes, *, shared: bool = False) -> None:
         self.layout = layout
         self._blocks = blocks
-        self.bytes = memoryview(bytearray(pattern) * (layout.block_bytes * blocks // len(pattern)))
+        self.memory = PoolMemory(shared=shared)
+        pool = self.memory.allocate(layout.block_bytes * blocks)
+        pool.reshape(-1, len(pattern))[:] = np.frombuffer(pattern, dtype=np.uint8)
+        self.bytes = pool.data
 
     def call(self, fn: Callable[[Any], Any]) -> Future[Any]:
         future: Future[Any] = asyncio.get_running_loop().create_future()
@@ -73,9 +79,11 @@ class MemoryPool:
         start = block_id * self.layout.block_bytes + group * self.layout.group_bytes(0)
         return self.bytes[start : start + self.layout.group_bytes(group)].toreadonly()
 
-    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
         start = block_id * self.layout.block_bytes + group * self.layout.group_bytes(0) + offset_bytes
-        self.bytes[start : start + data.nbytes] = data
+        written = self.bytes[start : start + data.nbytes]
+        np.frombuffer(written, dtype=np.uint8)[:] = np.frombuffer(data, dtype=np.uint8)
+        return written.toreadonly()
 
 
 class Hooks:
@@ -117,7 +125,7 @@ def _cpu_s() -> float:
 async def receive(block_kib: int, blocks: int) -> None:
     """Serves until standard input ends; prints the port first and its CPU seconds last."""
     layout = layout_of(block_kib)
-    limits = ReceiveLimits(window_bytes=_WINDOW_BYTES, progress_timeout_s=10.0, remember_s=10.0)
+    limits = ReceiveLimits(window_bytes=_WINDOW_BYTES, progress_timeout_s=10.0, remember_s=10.0, shared_memory=True)
     pool, hooks, ledger = MemoryPool(layout, blocks, _BLANK), Hooks(layout, _request(blocks)), Ledger()
     receiver = Receiver(port=pool, hooks=hooks, ledger=ledger, counters=TransferCounters(), limits=limits)
     server = grpc.aio.server(interceptors=[GuardInterceptor()], options=server_options())
@@ -132,8 +140,8 @@ async def receive(block_kib: int, blocks: int) -> None:
     await server.stop(0)
 
 
-async def send(port: int, block_kib: int, blocks: int, frame_kib: int) -> tuple[float, float, int]:
-    """Hands all blocks over. Seconds, CPU seconds of this side, bytes."""
+async def send(port: int, block_kib: int, blocks: int, frame_kib: int, *, shared: bool = False) -> tuple[float, float, int]:
+    """Hands all blocks over, `shared` by reference. Seconds, CPU seconds of this side, bytes."""
 
     async def holder_of(request_id: str) -> Holder | None:
         return None
@@ -141,8 +149,9 @@ async def send(port: int, block_kib: int, blocks: int, frame_kib: int) -> tuple[
     async def reach(point: str) -> None: ...
 
     layout = layout_of(block_kib)
+    pool, counters = MemoryPool(layout, blocks, _CONTENT, shared=shared), TransferCounters()
     context = SendContext(
-        port=MemoryPool(layout, blocks, _CONTENT), holder_of=holder_of, counters=TransferCounters(),
+        port=pool, holder_of=holder_of, counters=counters, segment=lambda: pool.memory.segment,
         frame_bytes=frame_kib * 1024, progress_timeout_s=10.0, open_patience_s=5.0, engine_alive=lambda: True, reach=reach,
         on_progress=lambda request_id, epoch: None,
     )  # fmt: skip
@@ -159,6 +168,7 @@ async def send(port: int, block_kib: int, blocks: int, frame_kib: int) -> tuple[
         )  # fmt: skip
         handoff.end(ending, tuple(range(blocks)))
         result = await handoff.run()
+        assert counters.kv_bytes_mapped == (result.bytes if shared else 0)
         return time.monotonic() - started_s, _cpu_s() - before_s, result.bytes
 
 
@@ -167,18 +177,19 @@ def measure_rounds(block_kib: int, blocks: int, frame_kib: int, rounds: int = 1)
     found = []
     for _ in range(rounds):
         raw = raw_socket.measure(block_kib * 1024, blocks)
-        found.append(measure(block_kib, blocks, frame_kib) | {"raw_gb_per_s": raw})
+        mapped = {f"shared_{name}": value for name, value in measure(block_kib, blocks, frame_kib, shared=True).items()}
+        found.append(measure(block_kib, blocks, frame_kib) | mapped | {"raw_gb_per_s": raw})
     medians = {name: statistics.median(one[name] for one in found) for name in found[0]}
     return medians | {"share_of_raw": medians["gb_per_s"] / medians["raw_gb_per_s"]}
 
 
-def measure(block_kib: int, blocks: int, frame_kib: int) -> dict[str, float]:
-    """One hand-off between two processes."""
+def measure(block_kib: int, blocks: int, frame_kib: int, *, shared: bool = False) -> dict[str, float]:
+    """One hand-off between two processes; `shared`: through shared memory."""
     command = [sys.executable, "-m", "tests.bench.kv.wire", "receive", str(block_kib), str(blocks)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None and child.stdout is not None
         port = int(child.stdout.readline())
-        elapsed_s, sent_s, size = asyncio.run(send(port, block_kib, blocks, frame_kib))
+        elapsed_s, sent_s, size = asyncio.run(send(port, block_kib, blocks, frame_kib, shared=shared))
         child.stdin.close()
         received_s = float(child.stdout.readline())
     gigabytes = size / 1e9
