@@ -36,6 +36,8 @@ class NetworkConfig(Section):
     frame_bytes: Bytes = 512 * 1024
     shared_memory: bool = True
     credit_bytes: Bytes = 32 * 1024 * 1024
+    streams: Annotated[int, Field(ge=1, le=16)] = 4
+    stream_bytes: Bytes = 16 * 1024 * 1024
     keepalive_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
     ping_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
 

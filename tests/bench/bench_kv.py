@@ -92,7 +92,7 @@ def transports(options: argparse.Namespace) -> tuple[dict[str, Measure], dict[st
         return wire.measure(block_bytes // 1024, blocks, options.frame_kib)
 
     def shared(block_bytes: int, blocks: int) -> dict[str, float]:
-        return wire.measure(block_bytes // 1024, blocks, options.frame_kib, shared=True)
+        return wire.measure(block_bytes // 1024, blocks, options.frame_kib, 1, shared=True)
 
     python = PeerEnv(Path(sys.executable), sys.version.partition(" ")[0])
     found: dict[str, Measure] = {OURS: ours, SHARED: shared, SOCKET: pair("socket_pair.py", python)}

@@ -6,15 +6,17 @@ that were given back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from protos.contract.errors import BadFrame
+from workers.kv_transfer.attachment import Attachment
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.push_codec import DataFrame
 from workers.kv_transfer.references import References
+from workers.kv_transfer.stripe import Stripe
 from workers.kv_transfer.transfer import Transfer
 
 
@@ -26,29 +28,31 @@ class Placement:
         self._counters = counters
         self._references = References(port, counters)
 
-    async def place_all(self, transfer: Transfer, frames: Sequence[DataFrame], check_current: Callable[[], None]) -> None:
+    async def place_all(self, at: Attachment, frames: Sequence[DataFrame]) -> None:
         """The frames of one message, in order: those with bytes at once, those that name bytes of a shared pool in turns.
 
         Raises as `place` and `References.land` do.
         """
         for is_reference, run in groupby(frames, key=lambda frame: frame.pool_bytes > 0):
             if is_reference:
-                await self._references.land(transfer, tuple(run), check_current)
+                await self._references.land(at, tuple(run))
                 continue
             for frame in run:
-                self.place(transfer, frame)
+                self.place(at.transfer, at.stripe, frame)
 
-    def place(self, transfer: Transfer, frame: DataFrame) -> None:
-        """Checks credit, place and digest of one frame and writes its bytes.
+    def place(self, transfer: Transfer, stripe: Stripe, frame: DataFrame) -> None:
+        """Checks credit, place and digest of one frame of a stream and writes its bytes.
 
         Raises BadFrame or DigestMismatch, after either of which nothing of the transfer may be used.
         """
         if transfer.lifecycle.state is not ReceiveState.RECEIVING:
             raise BadFrame(f"{transfer.request_id}: a block after the end")
-        transfer.spend(len(frame.payload))
-        before = transfer.reassembly.verified_blocks
-        accepted = transfer.reassembly.accept(frame)
+        stripe.spend(len(frame.payload))
+        accepted = stripe.reassembly.accept(frame)
         block_id = transfer.ticket.block_ids[accepted.block_index]
         self._port.import_kv(block_id, accepted.group, accepted.offset_bytes, accepted.payload)
         self._counters.kv_bytes_received += len(accepted.payload)
-        self._counters.kv_blocks_received += transfer.reassembly.verified_blocks - before
+        if stripe.reassembly.next_block != accepted.block_index:
+            self._counters.kv_blocks_received += 1
+            if transfer.is_ending:
+                transfer.news.ring()

@@ -64,6 +64,9 @@ class PoolMapping:
         return _link(self.path) == self.name
 
 
+Mapped = tuple[PoolMapping | None, kv.SharedPoolAnswer]
+
+
 class PoolMappings:
     """What one receiver has mapped. One mapping serves all transfers from its pool."""
 
@@ -76,7 +79,7 @@ class PoolMappings:
     def __len__(self) -> int:
         return len(self._mapped)
 
-    def answer(self, offer: kv.SharedPool) -> tuple[PoolMapping | None, kv.SharedPoolAnswer]:
+    def answer(self, offer: kv.SharedPool) -> Mapped:
         """The mapped pool, or the reason why the frames must carry their bytes. Never raises for what a peer says."""
         try:
             mapping = self._map(offer)

@@ -8,9 +8,10 @@ and a use; large ones on other threads, while the loop copies on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from protos.contract.errors import BadFrame
+from workers.kv_transfer.attachment import Attachment
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.frames import Reassembly
 from workers.kv_transfer.lifecycle import ReceiveState
@@ -32,19 +33,20 @@ class References:
         self._counters = counters
         self._in_place = True  # the engine shows what was written
 
-    async def land(self, transfer: Transfer, frames: Sequence[DataFrame], check_current: Callable[[], None]) -> None:
+    async def land(self, at: Attachment, frames: Sequence[DataFrame]) -> None:
         """Checks credit and place of all frames, copies their bytes, then verifies and counts them.
 
-        `check_current` raises when the transfer is over or another stream took over; then nothing more is written or counted.
-        Raises BadFrame, having written nothing, for a frame that is not exactly the next or names bytes outside of the pool,
-        and DigestMismatch; after either nothing of the transfer may be used.
+        Raises what `at.check_current` raises when the transfer ends or another stream takes over meanwhile: nothing more is
+        written or counted then. Raises BadFrame, having written nothing, for a frame that is not exactly the next or names
+        bytes outside of the pool, and DigestMismatch; after either nothing of the transfer may be used.
         """
+        transfer, reassembly = at.transfer, at.stripe.reassembly
         if transfer.lifecycle.state is not ReceiveState.RECEIVING:
             raise BadFrame(f"{transfer.request_id}: a block after the end")
-        pool, reassembly = transfer.pool, transfer.reassembly
+        pool = transfer.pool
         if pool is None:
             raise BadFrame(f"{transfer.request_id}: a frame names bytes of a shared pool, and none was agreed on")
-        transfer.spend(sum(frame.pool_bytes for frame in frames))
+        at.stripe.spend(sum(frame.pool_bytes for frame in frames))
         reassembly.check_references(frames)
         sources = [pool.view(frame.pool_offset, frame.pool_bytes) for frame in frames]
         digests: list[asyncio.Future[list[bytes]]] = []
@@ -57,11 +59,11 @@ class References:
                 digests.append(_digests(reassembly, turn))
                 turn, turn_bytes = [], 0
                 await asyncio.sleep(0)
-                check_current()
+                at.check_current()
         digests.append(_digests(reassembly, turn))
         taken = [digest for part in digests for digest in await part]
-        check_current()
-        self._count(transfer, frames, taken)
+        at.check_current()
+        self._count(at, frames, taken)
 
     def _copy(self, transfer: Transfer, frame: DataFrame, source: memoryview) -> memoryview:
         """A copy that no other process can change; the same bytes are in the pool."""
@@ -75,14 +77,17 @@ class References:
         self._port.import_kv(block_id, frame.layer_group, 0, own)
         return own
 
-    def _count(self, transfer: Transfer, frames: Sequence[DataFrame], digests: Sequence[bytes]) -> None:
-        before = transfer.reassembly.verified_blocks
+    def _count(self, at: Attachment, frames: Sequence[DataFrame], digests: Sequence[bytes]) -> None:
+        reassembly, blocks = at.stripe.reassembly, 0
         for frame, digest in zip(frames, digests, strict=True):
-            transfer.reassembly.accept_reference(frame, digest)
+            reassembly.accept_reference(frame, digest)
+            blocks += reassembly.next_block != frame.block_index
         size = sum(frame.pool_bytes for frame in frames)
         self._counters.kv_bytes_received += size
         self._counters.kv_bytes_mapped += size
-        self._counters.kv_blocks_received += transfer.reassembly.verified_blocks - before
+        self._counters.kv_blocks_received += blocks
+        if blocks and at.transfer.is_ending:
+            at.transfer.news.ring()
 
 
 def _digests(reassembly: Reassembly, copied: list[Copied]) -> asyncio.Future[list[bytes]]:

@@ -14,6 +14,7 @@ from protos.contract.errors import AutanError, BadFrame, DigestMismatch, StaleEp
 from protos.wire import kv
 from workers.engine_api.pool_memory import PoolMemory
 from workers.engine_api.types import EngineRequest, ImportTicket, KvLayout, SamplingParams
+from workers.kv_transfer.attachment import Attachment
 from workers.kv_transfer.claims import Expectation
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.digest import DigestScope
@@ -80,24 +81,32 @@ class Arriving:
         self.transfer = Transfer(
             expected=Expectation(request=request, source_instance="p", source_incarnation=1),
             ticket=ImportTicket(request_id="r", epoch=1, block_ids=tuple(ids), reused_blocks=0),
-            reassembly=Reassembly(layout, SCOPE, 0, len(ids)),
+            make_reassembly=lambda stream, streams, first: Reassembly(layout, SCOPE, first, len(ids), streams),
             window_bytes=WINDOW_BYTES,
             room_tokens=len(ids) * layout.block_tokens,
             touched_s=0.0,
         )
-        self.transfer.reset_credit()
+        self.transfer.stripe_over(0, 1)
+        self.transfer.begin_again()
         self.transfer.lifecycle.move(ReceiveState.RECEIVING)
+        (stripe,) = self.transfer.stripes
+        self.at = Attachment(self.transfer, stripe, stripe.attach())
         if mapped:
             offer = offer_of(source.memory.segment)
             assert offer is not None
             self.transfer.pool, _ = PoolMappings(enabled=True, idle_s=1).answer(offer)
             assert self.transfer.pool is not None
 
-    def take(self, message: bytes, check: Callable[[], None] = lambda: None) -> type[AutanError] | None:
+    @property
+    def verified_blocks(self) -> int:
+        """Leading blocks that are verified."""
+        return self.at.stripe.reassembly.verified_blocks
+
+    def take(self, message: bytes) -> type[AutanError] | None:
         """The kind of the refusal, None when everything was taken."""
 
         async def place() -> None:
-            await self.placement.place_all(self.transfer, decode_push(message).data, check)
+            await self.placement.place_all(self.at, decode_push(message).data)
 
         try:
             asyncio.run(place())
@@ -143,9 +152,9 @@ def test_references_land_what_frames_with_bytes_land(source: Pool, seed: int, sh
     sizes = sizes_of(rng, len(named))
     for one, other in zip(messages(carried, sizes), messages(mixed, sizes), strict=True):
         assert slow.take(one) is None and fast.take(other) is None
-        assert slow.transfer.regrant() == fast.transfer.regrant()
-        assert slow.transfer.reassembly.verified_blocks == fast.transfer.reassembly.verified_blocks
-    assert fast.transfer.reassembly.complete
+        assert slow.at.stripe.regrant() == fast.at.stripe.regrant()
+        assert slow.verified_blocks == fast.verified_blocks
+    assert fast.at.stripe.reassembly.complete
     assert bytes(slow.pool.bytes) == bytes(fast.pool.bytes)
     assert fast.counters.kv_bytes_mapped == sum(frame.pool_bytes for frame in mixed)
     assert fast.counters.kv_bytes_received == slow.counters.kv_bytes_received
@@ -214,7 +223,7 @@ def test_references_without_a_mapped_pool_are_refused(source: Pool) -> None:
 
 def test_references_spend_credit(source: Pool) -> None:
     arriving = Arriving(source, [0], mapped=True)
-    arriving.transfer.credit = source.layout.group_bytes(0) - 1
+    arriving.at.stripe.credit = source.layout.group_bytes(0) - 1
     assert arriving.take(encode_data("t", 1, frames(source, [1], mapped=True)[:1])) is BadFrame
 
 
@@ -229,7 +238,7 @@ def test_bytes_that_change_on_the_way_do_not_verify(source: Pool, shows: bool) -
 
     arriving.pool.before_write = change
     assert arriving.take(message) is DigestMismatch
-    assert not arriving.transfer.reassembly.complete
+    assert arriving.verified_blocks == 0
 
 
 def test_what_verified_is_the_copy_and_not_the_shared_bytes(source: Pool) -> None:
@@ -252,24 +261,18 @@ def test_what_verified_is_the_copy_and_not_the_shared_bytes(source: Pool) -> Non
 def test_nothing_is_written_or_counted_when_the_transfer_ends_meanwhile() -> None:
     source = Pool(LARGE, shared=True)
     arriving = Arriving(source, range(BLOCKS), mapped=True)
-    turns = 0
-
-    def ends() -> None:
-        nonlocal turns
-        turns += 1
-        raise StaleEpoch("it is over")
-
     writes = 0
 
     def count() -> None:
         nonlocal writes
         writes += 1
+        arriving.transfer.ended_by = StaleEpoch("it is over")
 
     arriving.pool.before_write = count
     cut = frames(source, range(BLOCKS), mapped=True)
-    assert arriving.take(encode_data("t", 1, cut), ends) is StaleEpoch
-    assert turns == 1 and 0 < writes < len(cut)
-    assert arriving.transfer.reassembly.verified_blocks == 0 and not arriving.counters.kv_blocks_received
+    assert arriving.take(encode_data("t", 1, cut)) is StaleEpoch
+    assert 0 < writes < len(cut)
+    assert arriving.verified_blocks == 0 and not arriving.counters.kv_blocks_received
     source.memory.close()
 
 
