@@ -53,7 +53,10 @@ class NetworkConfig(Section):
     refused without `tls`, or without `insecure: true`, which says that the network is private. `advertise_host` is where
     workers on other nodes reach the orchestrator; by default the address of its own Ray node.
 
-    `kv_compression` is how KV blocks travel between workers. `lossless` changes nothing but bytes and CPU time; it pays on
+    With `shared_memory` workers of one host and user read each other's KV pools (CPU) in place; whatever is checked otherwise
+    is checked here too. Others send the bytes over gRPC.
+
+    `kv_compression` is how KV blocks travel over gRPC. `lossless` changes nothing but bytes and CPU time; it pays on
     links that are slower than the packing. `fp8` halves bf16 and fp16, quarters fp32, and changes tokens.
 
     A hand-off pushes KV in messages of up to `frame_bytes`, over one connection for each full `stream_bytes` of the sequence,
@@ -65,6 +68,7 @@ class NetworkConfig(Section):
     insecure: bool = False
     tls: TlsConfig | None = None
     max_message_bytes: Bytes = 8 * 1024 * 1024
+    shared_memory: bool = True
     frame_bytes: Bytes = 1024 * 1024
     credit_bytes: Bytes = 32 * 1024 * 1024
     streams: Annotated[int, Field(ge=1, le=16)] = 4

@@ -30,6 +30,7 @@ from tests.bench.kv.peer_envs import ROOT, PeerEnv, PeerMissing, ensure_mooncake
 from tests.bench.report import OUT, Row, publish, row
 
 SOCKET = "raw TCP socket"
+SHARED = "autan, shared memory"
 PEERS: dict[str, tuple[str, Callable[[], PeerEnv]]] = {
     "nixl": ("NIXL, UCX over TCP", ensure_nixl),
     "mooncake": ("Mooncake, TCP", ensure_mooncake),
@@ -98,9 +99,12 @@ def transports(options: argparse.Namespace) -> tuple[dict[str, Measure], dict[st
     def ours(streams: int) -> Measure:
         return lambda block_bytes, blocks: wire.measure(block_bytes // 1024, blocks, options.frame_kib, streams)
 
+    def shared(block_bytes: int, blocks: int) -> dict[str, float]:
+        return wire.measure(block_bytes // 1024, blocks, options.frame_kib, 1, shared=True)
+
     python = PeerEnv(Path(sys.executable), sys.version.partition(" ")[0])
     found: dict[str, Measure] = {name_of(count): ours(count) for count in options.streams}
-    found[SOCKET] = pair("socket_pair.py", python)
+    found |= {SHARED: shared, SOCKET: pair("socket_pair.py", python)}
     versions = {SOCKET: python.version}
     for name in options.peers:
         title, ensure = PEERS[name]
@@ -124,7 +128,8 @@ def rows_of(case: str, samples: dict[str, list[dict[str, float]]], versions: dic
     found = []
     for name in speeds.keys() - versions.keys():
         ours = row(f"KV, {name}", case, "GB/s", speeds[name])
-        for peer, peer_version in versions.items():
+        peers = versions if name != SHARED else versions | dict.fromkeys(speeds.keys() - versions.keys() - {name}, "this tree")
+        for peer, peer_version in peers.items():
             value = median(speeds[peer])
             found.append(replace(ours, peer=peer, peer_version=peer_version, peer_value=value, ratio=ours.ours / value))
     found.sort(key=lambda one: one.metric)

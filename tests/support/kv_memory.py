@@ -1,4 +1,4 @@
-"""Both sides of the KV plane without an engine: a pool in plain memory, and a process that expects one request."""
+"""Both sides of the KV plane without an engine: a pool in memory, and a process that expects one request."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from asyncio import Future
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from protos.contract.errors import AutanError
 from protos.wire import common
+from workers.engine_api.pool_memory import PoolMemory
 from workers.engine_api.types import EngineRequest, ImportTicket, KvLayout, SamplingParams
 from workers.kv_transfer.claims import Addressee, Expectation
 from workers.kv_transfer.hooks import Arrived
@@ -23,14 +26,18 @@ def request_of(blocks: int) -> EngineRequest:
 
 
 class MemoryPool:
-    """EnginePort over plain memory; blocks have the ids of their places in the sequence, and `reused` of them are there."""
+    """EnginePort over memory, plain or `shared`; blocks have the ids of their places in the sequence, `reused` of them are
+    there."""
 
-    def __init__(self, layout: KvLayout, blocks: int, pattern: bytes, reused: int = 0) -> None:
+    def __init__(self, layout: KvLayout, blocks: int, pattern: bytes, reused: int = 0, *, shared: bool = False) -> None:
         self.layout = layout
         self.imports_dropped = 0
         self._blocks = blocks
         self._reused = reused
-        self.bytes = memoryview(bytearray(pattern) * (layout.block_bytes * blocks // len(pattern)))
+        self.memory = PoolMemory(shared=shared)
+        pool = self.memory.allocate(layout.block_bytes * blocks)
+        pool.reshape(-1, len(pattern))[:] = np.frombuffer(pattern, dtype=np.uint8)
+        self.bytes = pool.data
 
     def call(self, fn: Callable[[Any], Any]) -> Future[Any]:
         future: Future[Any] = asyncio.get_running_loop().create_future()
@@ -56,9 +63,11 @@ class MemoryPool:
         start = self._start(block_id, group)
         return self.bytes[start : start + self.layout.group_bytes(group)].toreadonly()
 
-    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
         start = self._start(block_id, group) + offset_bytes
-        self.bytes[start : start + data.nbytes] = data
+        written = self.bytes[start : start + data.nbytes]
+        np.frombuffer(written, dtype=np.uint8)[:] = np.frombuffer(data, dtype=np.uint8)
+        return written.toreadonly()
 
 
 class Hooks:

@@ -37,7 +37,8 @@ from workers.service.lifecycle import ExitCode
 
 MODEL = ModelConfig(name="oracle", source="oracle", dtype="float32", context_tokens=8192)
 TIMING = TimingConfig(heartbeat_s=0.1, lease_s=1.0, kv_lease_s=1.5, progress_timeout_s=2.0, drain_s=5.0)
-NETWORK = NetworkConfig(frame_bytes=1024, credit_bytes=64 * 1024)
+# Frames carry their bytes, so that faulty wires and forgers can change them; tests of shared memory ask for it.
+NETWORK = NetworkConfig(frame_bytes=1024, credit_bytes=64 * 1024, shared_memory=False)
 INGRESS = "g0"
 LEADER = "core0"
 BLOCK_TOKENS = 16

@@ -26,8 +26,8 @@ class ImportGate:
         with self._lock:
             self._open.difference_update(block_ids)
 
-    def write(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
-        """Writes bytes into one layer group of an open block, from any thread.
+    def write(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
+        """Writes bytes into one layer group of an open block, from any thread; returns what Engine.import_kv returns.
 
         Raises BadFrame when the block is not open, the group does not exist or the bytes do not fit.
         """
@@ -40,4 +40,4 @@ class ImportGate:
         with self._lock:
             if block_id not in self._open:
                 raise BadFrame(f"block {block_id} belongs to no open import")
-            self._runner.write_block(block_id, group, offset_bytes, data)
+            return self._runner.write_block(block_id, group, offset_bytes, data)

@@ -201,8 +201,8 @@ class PagedEngine:
                 request_id=request.request_id, epoch=request.epoch, block_ids=sequence.table, reused_blocks=len(hits)
             )
 
-    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
-        self._gate.write(block_id, group, offset_bytes, data)
+    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
+        return self._gate.write(block_id, group, offset_bytes, data)
 
     def import_commit(
         self, request_id: str, epoch: int, next_token_ids: tuple[int, ...], num_tokens: int | None = None, exact: bool = True

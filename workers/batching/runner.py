@@ -80,7 +80,7 @@ class Runner(Protocol):
         """The bytes of one layer group; see Engine.export_kv."""
         ...
 
-    def write_block(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+    def write_block(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
         """Writes bytes into one layer group; see Engine.import_kv."""
         ...
 

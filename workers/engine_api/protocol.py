@@ -118,8 +118,12 @@ class Engine(Protocol):
         """
         ...
 
-    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
-        """Writes bytes into a block of an open import. Raises BadFrame when they do not fit the layer group."""
+    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
+        """Writes bytes into a block of an open import. Raises BadFrame when they do not fit the layer group.
+
+        Returns a read-only view of them as they lie in the pool now, None where this process cannot look into it. What the
+        view shows is of this import until it ends.
+        """
         ...
 
     def import_commit(

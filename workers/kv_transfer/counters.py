@@ -13,6 +13,7 @@ class TransferCounters:
     kv_bytes_sent: int = 0
     kv_blocks_received: int = 0
     kv_bytes_received: int = 0
+    kv_bytes_mapped: int = 0  # sent or received by reference into shared memory; counted in the bytes above too
     handoffs_committed: int = 0  # on the sending side
     handoffs_failed: int = 0  # on the sending side
     stale_refused: int = 0  # of a stale epoch or incarnation, on either side

@@ -6,8 +6,9 @@ single cursor for each stream, a gap is seen at once, and nothing that a peer cl
 
 from __future__ import annotations
 
+import copy
 import hmac
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import xxhash
@@ -42,33 +43,43 @@ def split(
 class Batch:
     """Data frames that will travel in one message: at most `limit_bytes` of payload and MAX_PARTS of them.
 
+    Bytes of a shared pool do not travel: with them it stands for `pool_limit_bytes` in all, by default for `limit_bytes`.
     `completed` are the blocks whose last frame is in it, or was in one before it.
     """
 
     limit_bytes: int
+    pool_limit_bytes: int = 0
     frames: list[DataFrame] = field(default_factory=list)
     completed: list[int] = field(default_factory=list)
+    most_bytes: int = field(init=False)  # what one message stands for at most
+    _payload_bytes: int = 0
     _size_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.most_bytes = max(self.limit_bytes, self.pool_limit_bytes)
 
     @property
     def full(self) -> bool:
         """True when no frame fits any more."""
-        return self._size_bytes >= self.limit_bytes or len(self.frames) == MAX_PARTS
+        is_full = self._payload_bytes >= self.limit_bytes or self._size_bytes >= self.most_bytes
+        return is_full or len(self.frames) == MAX_PARTS
 
     def has_room(self, frame: DataFrame) -> bool:
         """True when this frame fits. A frame of `split` with the same limit fits into an empty batch."""
-        return self._size_bytes + frame.payload.nbytes <= self.limit_bytes and len(self.frames) < MAX_PARTS
+        fits = self._payload_bytes + frame.payload.nbytes <= self.limit_bytes
+        return fits and self._size_bytes + frame.size_bytes <= self.most_bytes and len(self.frames) < MAX_PARTS
 
     def add(self, frame: DataFrame) -> None:
         """Takes a frame for which there is room."""
-        assert self.has_room(frame), (self._size_bytes, frame.payload.nbytes)
+        assert self.has_room(frame), (self._size_bytes, frame.size_bytes)
         self.frames.append(frame)
-        self._size_bytes += frame.payload.nbytes
+        self._payload_bytes += frame.payload.nbytes
+        self._size_bytes += frame.size_bytes
 
     def take(self) -> tuple[list[DataFrame], list[int]]:
         """The frames and the completed blocks; the batch is empty afterwards."""
         taken = self.frames, self.completed
-        self.frames, self.completed, self._size_bytes = [], [], 0
+        self.frames, self.completed, self._payload_bytes, self._size_bytes = [], [], 0, 0
         return taken
 
 
@@ -132,12 +143,7 @@ class Reassembly:
         Raises BadFrame when it is not exactly the next one, DigestMismatch when it ends a group that does not verify.
         After either, nothing of the transfer may be used.
         """
-        if self.complete:
-            raise BadFrame(f"block {frame.block_index}: all {self._num_blocks} blocks are here already")
-        place = (frame.block_index, frame.layer_group, frame.offset_bytes)
-        wanted = (self._block, self._group, self._offset)
-        if place != wanted:
-            raise BadFrame(f"frame (block, group, offset) {place} where {wanted} must come next")
+        self._check_place(frame)
         payload = frame.payload
         total = self._layout.group_bytes(self._group)
         end = self._offset + len(payload)
@@ -154,6 +160,43 @@ class Reassembly:
         accepted = Accepted(self._block, self._group, self._offset, payload, last)
         self._advance(end, last)
         return accepted
+
+    def check_references(self, frames: Sequence[DataFrame]) -> None:
+        """Raises BadFrame, changing nothing, unless these are exactly the next frames, a whole layer group each."""
+        cursor = copy.copy(self)
+        for frame in frames:
+            cursor._check_reference(frame)
+            cursor._advance(frame.pool_bytes, True)
+
+    def accept_reference(self, frame: DataFrame, digest: bytes) -> None:
+        """Moves on by a whole layer group whose copy here has this digest. Raises as `accept` does."""
+        self._check_reference(frame)
+        if not hmac.compare_digest(digest, frame.digest):
+            raise DigestMismatch(
+                f"block {self._block} group {self._group}: the bytes in the shared pool are not those that were sent"
+            )
+        self._advance(frame.pool_bytes, True)
+
+    def digest_of(self, frame: DataFrame, data: memoryview) -> bytes:
+        """The digest that this copy of the frame's layer group has. From any thread."""
+        return self._scope.of(frame.block_index, frame.layer_group, data)
+
+    def _check_reference(self, frame: DataFrame) -> None:
+        self._check_place(frame)
+        total = self._layout.group_bytes(self._group)
+        if frame.offset_bytes or frame.pool_bytes != total or len(frame.digest) != DIGEST_BYTES:
+            raise BadFrame(
+                f"block {self._block} group {self._group}: a reference to {frame.pool_bytes} bytes at {frame.offset_bytes} "
+                f"with a digest of {len(frame.digest)}; it must name all {total} bytes with their digest"
+            )
+
+    def _check_place(self, frame: DataFrame) -> None:
+        if self.complete:
+            raise BadFrame(f"block {frame.block_index}: all {self._num_blocks} blocks are here already")
+        place = (frame.block_index, frame.layer_group, frame.offset_bytes)
+        wanted = (self._block, self._group, self._offset)
+        if place != wanted:
+            raise BadFrame(f"frame (block, group, offset) {place} where {wanted} must come next")
 
     def _advance(self, end: int, last: bool) -> None:
         if not last:

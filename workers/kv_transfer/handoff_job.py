@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from protos.wire import common
+from workers.engine_api.pool_memory import PoolSegment
 from workers.engine_api.types import EngineRequest
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.encodings import Compression
@@ -86,6 +87,7 @@ class SendContext:
     progress_timeout_s: float
     open_patience_s: float
     compression: Compression = "none"  # what this side is configured for; the receiver chooses
+    segment: Callable[[], PoolSegment | None] = lambda: None  # the pool, where other processes may map it
     engine_alive: Callable[[], bool] = lambda: True
     reach: Callable[[str], Awaitable[None]] = _pass
     on_progress: Callable[[str, int], None] = lambda request_id, epoch: None

@@ -66,6 +66,7 @@ class ReceiveLimits:
     streams: int
     progress_timeout_s: float
     remember_s: float
+    shared_memory: bool = False  # pools of senders on this host may be mapped
 
     def deadline_s(self, touched_s: float) -> float:
         """When a transfer that was touched then, in monotonic time, is a leak."""

@@ -6,12 +6,16 @@ blocks that were given back. Packed groups are unpacked on other threads before 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+
 from protos.contract.errors import BadFrame
 from workers.kv_transfer.attachment import Attachment
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.push_codec import DataFrame
+from workers.kv_transfer.references import References
 from workers.kv_transfer.stripe import Stripe
 from workers.kv_transfer.transfer import Transfer
 
@@ -22,6 +26,19 @@ class Placement:
     def __init__(self, port: EnginePort, counters: TransferCounters) -> None:
         self._port = port
         self._counters = counters
+        self._references = References(port, counters)
+
+    async def place_all(self, at: Attachment, frames: Sequence[DataFrame]) -> None:
+        """The frames of one message, in order: those with bytes at once, those that name bytes of a shared pool in turns.
+
+        Raises as `place` and `References.land` do.
+        """
+        for is_reference, run in groupby(frames, key=lambda frame: frame.pool_bytes > 0):
+            if is_reference:
+                await self._references.land(at, tuple(run))
+                continue
+            for frame in run:
+                await self.place(at, frame)
 
     async def place(self, at: Attachment, frame: DataFrame) -> None:
         """Checks credit, place and digest of one frame of a stream and writes its bytes; those of a packed group with its last

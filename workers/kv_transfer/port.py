@@ -32,6 +32,6 @@ class EnginePort(Protocol):
         """See Engine.export_kv; from the event loop."""
         ...
 
-    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
         """See Engine.import_kv; from the event loop."""
         ...

@@ -14,7 +14,7 @@ from protos.wire import kv
 _VARINT, _BYTES = 0, 2
 _MAX_VARINT_BYTES = 10
 MAX_PARTS = 64  # data frames in one message
-_MAX_FIELDS = 16  # of one message or data frame, further data frames apart; ours have six at most
+_MAX_FIELDS = 16  # of one message or data frame, further data frames apart; ours have seven at most
 _MAX_PUSH_FIELDS = MAX_PARTS + _MAX_FIELDS
 
 _PUSH = {name: field.number for name, field in kv.PushFrame.DESCRIPTOR.fields_by_name.items()}
@@ -23,7 +23,10 @@ _BLOCK = {name: field.number for name, field in kv.BlockFrame.DESCRIPTOR.fields_
 
 @dataclass(frozen=True, slots=True)
 class DataFrame:
-    """Part of one layer group; `digest` is that of the whole group, in its last frame only. `payload` is bytes `[n]`."""
+    """Part of one layer group; `digest` is that of the whole group, in its last frame only. `payload` is bytes `[n]`.
+
+    With `pool_bytes` the payload is empty: the bytes of the whole group are at `pool_offset` of the pool that was agreed on.
+    """
 
     block_index: int
     layer_group: int
@@ -31,6 +34,13 @@ class DataFrame:
     payload: memoryview
     digest: bytes
     encoding: int = kv.KV_ENCODING_NONE
+    pool_offset: int = 0
+    pool_bytes: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that this frame stands for: those that it carries, or those that it names."""
+        return self.pool_bytes or self.payload.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +66,11 @@ def encode_data(transfer_id: str, epoch: int, frames: Sequence[DataFrame], strea
             offset_bytes=frame.offset_bytes,
             digest=frame.digest,
             encoding=cast("kv.KvEncoding", frame.encoding),
+            pool_offset=frame.pool_offset,
+            pool_bytes=frame.pool_bytes,
         )
         size = frame.payload.nbytes
-        inner = fields.SerializeToString() + _head(_BLOCK["payload"], size)
+        inner = fields.SerializeToString() + (b"" if frame.pool_bytes else _head(_BLOCK["payload"], size))
         pieces += (_head(field, len(inner) + size), inner, frame.payload)
         field = _PUSH["more"]
     return b"".join(pieces)
@@ -99,7 +111,7 @@ def decode_push(message: bytes) -> PushMessage:
 
 
 def _decode_block(view: memoryview) -> DataFrame:
-    block_index = layer_group = offset_bytes = encoding = 0
+    block_index = layer_group = offset_bytes = encoding = pool_offset = pool_bytes = 0
     payload, digest = view[:0], b""
     for number, value in _fields(view, _MAX_FIELDS):
         if number == _BLOCK["block_index"]:
@@ -114,7 +126,13 @@ def _decode_block(view: memoryview) -> DataFrame:
             digest = bytes(_bytes(value))
         elif number == _BLOCK["encoding"]:
             encoding = _number(value, 32)
-    return DataFrame(block_index, layer_group, offset_bytes, payload, digest, encoding)
+        elif number == _BLOCK["pool_offset"]:
+            pool_offset = _number(value, 64)
+        elif number == _BLOCK["pool_bytes"]:
+            pool_bytes = _number(value, 32)
+    if (pool_bytes and (payload or encoding)) or (pool_offset and not pool_bytes):
+        raise ValueError("a frame names bytes of a pool and carries others, or packed ones")
+    return DataFrame(block_index, layer_group, offset_bytes, payload, digest, encoding, pool_offset, pool_bytes)
 
 
 def _fields(view: memoryview, limit: int) -> list[tuple[int, int | memoryview]]:

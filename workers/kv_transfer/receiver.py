@@ -31,6 +31,7 @@ from workers.kv_transfer.hooks import ReceiveLimits, ReceiverHooks
 from workers.kv_transfer.ledger import Ledger
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.placement import Placement
+from workers.kv_transfer.pool_mappings import Mapped, PoolMappings
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.push_codec import PushMessage
 from workers.kv_transfer.reservation import Reservations
@@ -66,6 +67,7 @@ class Receiver:
         self._limits = limits
         self._authority = authority or Authority(None, StoreClock())
         self._table = TransferTable()
+        self._pools = PoolMappings(enabled=limits.shared_memory, idle_s=limits.remember_s)
         self._tasks = ReceiverTasks()
         self._placement = Placement(port, counters)
         self._returns = Returns(port, hooks, ledger, self._table, self._tasks)
@@ -104,7 +106,9 @@ class Receiver:
             self._authority.admit(claim, here.layout.block_bytes, is_here=is_here)
             check_addressee(claim, here)
             # A caller that hangs up must not leave a reservation that nobody knows of: the work goes on without it.
-            return await asyncio.shield(self._tasks.spawn(self._reservations.open(claim, here)))
+            pool = self._map(claim)
+            reply = await asyncio.shield(self._tasks.spawn(self._reservations.open(claim, here)))
+            return self._with_pool(reply, pool)
         except AuthError as error:
             logger.warning("an open of %.64r from %.64r is refused: %s", claim.request_id, claim.source_instance, error)
             raise
@@ -129,8 +133,7 @@ class Receiver:
                 if frame.end is not None:
                     yield kv.PushReply(commit=await self._commitments.end(at, frame.end))
                     return
-                for part in frame.data:
-                    await self._placement.place(at, part)
+                await self._placement.place_all(at, frame.data)
                 if frame.data:
                     credit = at.stripe.regrant()
                     if credit:
@@ -176,9 +179,11 @@ class Receiver:
         while True:
             await asyncio.sleep(min(1.0, self._limits.progress_timeout_s / 8))
             now_s = time.monotonic()
+            self._pools.forget_idle(now_s)
             for transfer in self._table.all():
                 idle_s = now_s - transfer.touched_s
                 if transfer.lifecycle.state is ReceiveState.COMMITTED:
+                    transfer.pool = None
                     if idle_s > self._limits.remember_s:
                         self._table.remove(transfer)
                 elif transfer.lifecycle.state is not ReceiveState.VERIFYING and idle_s > self._limits.progress_timeout_s:
@@ -187,6 +192,26 @@ class Receiver:
     async def settle(self) -> None:
         """Waits until everything under way inside the receiver is over."""
         await self._tasks.settle()
+
+    def _map(self, claim: kv.OpenRequest) -> Mapped | None:
+        """The answer to the pool that the sender offers, None when it offers none."""
+        if not claim.HasField("shared_pool"):
+            return None
+        mapped = self._pools.answer(claim.shared_pool)
+        if mapped[0] is not None:
+            claim.streams = 1  # references are small: what limits them is the event loop, which all streams share
+            del claim.offer.encodings[:]  # and nothing is packed
+        return mapped
+
+    def _with_pool(self, reply: kv.OpenReply, mapped: Mapped | None) -> kv.OpenReply:
+        """The reply with that answer. An earlier one for the same transfer is over."""
+        transfer = self._table.of_id(reply.transfer_id)
+        if transfer is not None:
+            transfer.pool = None
+            if mapped is not None:
+                transfer.pool, answer = mapped
+                reply.shared_pool.CopyFrom(answer)
+        return reply
 
     # -- push -----------------------------------------------------------------------------------------------------------
 

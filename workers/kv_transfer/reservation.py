@@ -55,8 +55,9 @@ class Reservations:
             if current is not None and current.expected == expected:
                 if claim.num_tokens != current.room_tokens:
                     raise BadFrame(f"{claim.request_id}: opened with {current.room_tokens} tokens, now {claim.num_tokens}")
-                form = (self._encoding_of(claim, here), not claim.offer.inexact)
-                if form != (current.unpacker.encoding, current.is_exact_source):
+                encoding = current.unpacker.encoding
+                is_offered = encoding is Encoding.NONE or encoding.value in claim.offer.encodings
+                if not is_offered or claim.offer.inexact is current.is_exact_source:
                     raise BadFrame(f"{claim.request_id}: opened again with another offer of encodings")
                 return await self._open_again(current, claim.streams)
             if current is not None and current.epoch >= claim.epoch:

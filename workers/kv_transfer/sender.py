@@ -34,6 +34,7 @@ from workers.kv_transfer.encodings import Encoding, agreed, offered
 from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, SendContext
 from workers.kv_transfer.lifecycle import Lifecycle, SendState, sending
 from workers.kv_transfer.measures import Measures
+from workers.kv_transfer.pool_mappings import offer_of
 from workers.kv_transfer.push_stream import stream_error
 from workers.kv_transfer.stream_feed import Plan, Supply
 from workers.kv_transfer.striping import is_sound, leading_blocks, wanted_streams
@@ -174,6 +175,7 @@ class Handoff:
             credit_bytes=reply.credit_bytes,
             next_blocks=next_blocks,
             encoding=agreed(reply.encoding, self._offered()),
+            mapped=reply.shared_pool.mapped,
         )
 
     def _committed(self) -> HandoffResult:
@@ -222,6 +224,7 @@ class Handoff:
             layers_per_group=layout.layers_per_group,
             capability=kv.Capability.FromString(job.capability),
             deadline_s=self._context.progress_timeout_s,
+            shared_pool=offer_of(self._context.segment()),
             streams=wanted_streams(self.num_blocks * layout.block_bytes, self._context.stream_bytes, self._context.streams),
             offer=kv.KvOffer(encodings=[one.value for one in self._offered()], inexact=not job.is_exact),
         )

@@ -12,10 +12,10 @@ from protos.wire import kv
 from workers.kv_transfer.bell import Bell
 from workers.kv_transfer.digest import DigestScope
 from workers.kv_transfer.encodings import Encoding
-from workers.kv_transfer.frames import Batch, split
+from workers.kv_transfer.frames import Batch
 from workers.kv_transfer.handoff_job import Ending, SendContext
+from workers.kv_transfer.kv_source import KvSource
 from workers.kv_transfer.measures import Measures
-from workers.kv_transfer.packing import GroupPacker
 from workers.kv_transfer.push_codec import encode_data, encode_other
 from workers.kv_transfer.push_stream import PushStream
 from workers.kv_transfer.striping import count_between
@@ -42,6 +42,7 @@ class Plan:
     credit_bytes: int
     next_blocks: tuple[int, ...]
     encoding: Encoding = Encoding.NONE
+    mapped: bool = False  # the receiver reads the shared pool: frames may name bytes of it
 
     @property
     def streams(self) -> int:
@@ -66,12 +67,13 @@ class StreamFeed:
         self._number = number
         self._plan = plan
         self._supply = supply
-        self._packer = GroupPacker(plan.encoding, context.port.layout, scope)
         self._context = context
         self._measures = measures
         self._open_call = open_call
         self._next_block = plan.next_blocks[number]
-        self._batch = Batch(min(context.frame_bytes, plan.credit_bytes // 2))
+        self._source = KvSource(context.port, scope, plan.encoding, context.segment() if plan.mapped else None)
+        limit_bytes = min(context.frame_bytes, plan.credit_bytes // 2)
+        self._batch = Batch(limit_bytes, plan.credit_bytes // 2 if plan.mapped else 0)
         self._stream: PushStream | None = None
 
     @property
@@ -120,12 +122,10 @@ class StreamFeed:
 
     async def _push_block(self, index: int) -> None:
         """Puts one block into the batch, which goes out when it is full and when no other block of the stream is ready."""
-        port, batch, ready = self._context.port, self._batch, self._supply.ready
-        for group in range(port.layout.num_groups):
+        batch, ready = self._batch, self._supply.ready
+        for group in range(self._context.port.layout.num_groups):
             await self._context.reach("handoff.mid_push")
-            data = port.export_kv(ready[index], group)
-            payload, digest = await self._packer.pack(index, group, data)
-            for frame in split(index, group, payload, digest, batch.limit_bytes, self._plan.encoding.value):
+            for frame in await self._source.frames(index, ready[index], group, batch):
                 if not batch.has_room(frame):
                     await self._flush()
                 batch.add(frame)
@@ -138,11 +138,12 @@ class StreamFeed:
         if not self._batch.frames:
             return
         frames, completed = self._batch.take()
-        size = sum(frame.payload.nbytes for frame in frames)
+        size = sum(frame.size_bytes for frame in frames)
         plan, counters = self._plan, self._context.counters
         await self.open().send(encode_data(plan.transfer_id, plan.epoch, frames, self._number), size)
         self._measures.bytes += size
         counters.kv_bytes_sent += size
+        counters.kv_bytes_mapped += sum(frame.pool_bytes for frame in frames)
         counters.kv_blocks_sent += len(completed)
         self._measures.sent(completed)
         self._progress()

@@ -18,6 +18,7 @@ from workers.kv_transfer.hooks import Arrived
 from workers.kv_transfer.ledger import Key, Side
 from workers.kv_transfer.lifecycle import Lifecycle, ReceiveState, receiving
 from workers.kv_transfer.packing import GroupUnpacker
+from workers.kv_transfer.pool_mappings import PoolMapping
 from workers.kv_transfer.stripe import Stripe
 
 
@@ -41,6 +42,7 @@ class Transfer:
     is_ending: bool = False  # the end is here, blocks of other streams may still come
     ended_by: AutanError | None = None
     committing: asyncio.Task[kv.Commit] | None = None
+    pool: PoolMapping | None = None  # the sender's, when frames may name bytes of it
     in_engine: bool = False  # the engine was told to decode it
 
     @property

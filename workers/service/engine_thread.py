@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from protos.contract.errors import EngineFailure, StaleEpoch
+from workers.engine_api.pool_memory import PoolMemory
 from workers.engine_api.protocol import Engine
 from workers.engine_api.types import EngineRequest, KvLayout, LayerProgress, StepResult
 from workers.service.failpoints import Failpoints
@@ -56,8 +57,13 @@ class EngineThread:
     """Runs one engine. Everything but the thread's own loop is called on the event loop."""
 
     def __init__(
-        self, on_step: Callable[[StepEvent], None], on_death: Callable[[BaseException], None], failpoints: Failpoints
+        self,
+        on_step: Callable[[StepEvent], None],
+        on_death: Callable[[BaseException], None],
+        failpoints: Failpoints,
+        share_pool: bool = False,
     ) -> None:
+        self.memory = PoolMemory(shared=share_pool)  # for the engine's pool; closed with it
         self._on_step = on_step
         self._on_death = on_death
         self._failpoints = failpoints
@@ -166,9 +172,9 @@ class EngineThread:
         """See Engine.export_kv."""
         return self.engine.export_kv(block_id, group)
 
-    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+    def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
         """See Engine.import_kv."""
-        self.engine.import_kv(block_id, group, offset_bytes, data)
+        return self.engine.import_kv(block_id, group, offset_bytes, data)
 
     # -- on the engine's thread -----------------------------------------------------------------------------------------
 
@@ -177,6 +183,7 @@ class EngineThread:
             engine = make()
         except BaseException as error:
             self._dead = error
+            self.memory.close()
             self._tell(_fail, made, error)
             return
         self._tell(_succeed, made, engine)
@@ -191,6 +198,7 @@ class EngineThread:
             self._busy_since_s = None
             self._refuse_waiting()
             engine.close()
+            self.memory.close()
 
     def _turn(self, engine: Engine) -> None:
         """All waiting commands, then one step; waits for a command when there is no work."""

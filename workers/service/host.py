@@ -61,7 +61,7 @@ class WorkerHost:
         self._following: asyncio.Task[ExitCode] | None = None
         self._failpoints = Failpoints(spec.failpoints)
         self._store = WorkerStore(spec.store_url, spec.cluster, spec.store_timeout_s)
-        self._thread = EngineThread(self._on_step, self._on_engine_death, self._failpoints)
+        self._thread = EngineThread(self._on_step, self._on_engine_death, self._failpoints, spec.network.shared_memory)
         self._health = Health()
         self._tasks = TaskSet()
         self._ended: asyncio.Future[ExitCode] | None = None
@@ -137,7 +137,7 @@ class WorkerHost:
     def _build(self) -> Engine:
         spec = self.spec
         place = place_of(spec, bind_host(spec))
-        engine, self._door = build_head(spec.model, spec.engine, self._model_dir, place, self.loading)
+        engine, self._door = build_head(spec.model, spec.engine, self._model_dir, place, self.loading, self._thread.memory)
         return engine
 
     @property

@@ -1,8 +1,8 @@
 """Our sender and receiver between two processes, without an engine.
 
 `python -m tests.bench.kv.wire [BLOCK_KIB BLOCKS FRAME_KIB STREAMS [ROUNDS]]` prints one JSON line: GB/s from the first
-open to the commit, CPU seconds per GB of both sides, and the GB/s of a raw socket; medians of rounds that alternate. Integrity
-is on.
+open to the commit, CPU seconds per GB of both sides, the same through shared memory, and the GB/s of a raw socket; medians of
+rounds that alternate. Integrity is on. Every hand-off is the first of its processes: to map the pool is a part of it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,13 @@ def _cpu_s() -> float:
 async def receive(block_kib: int, blocks: int) -> None:
     """Serves until standard input ends; prints the port first and its CPU seconds last."""
     layout = layout_of(block_kib)
-    limits = ReceiveLimits(window_bytes=_WINDOW_BYTES, streams=MOST_STREAMS, progress_timeout_s=10.0, remember_s=10.0)
+    limits = ReceiveLimits(
+        window_bytes=_WINDOW_BYTES,
+        streams=MOST_STREAMS,
+        progress_timeout_s=10.0,
+        remember_s=10.0,
+        shared_memory=True,
+    )
     pool, hooks, ledger = MemoryPool(layout, blocks, _BLANK), Hooks(layout, request_of(blocks)), Ledger()
     receiver = Receiver(port=pool, hooks=hooks, ledger=ledger, counters=TransferCounters(), limits=limits)
     server = grpc.aio.server(interceptors=[GuardInterceptor()], options=server_options())
@@ -69,8 +75,10 @@ async def receive(block_kib: int, blocks: int) -> None:
     await server.stop(0)
 
 
-async def send(port: int, block_kib: int, blocks: int, frame_kib: int, streams: int) -> tuple[float, float, int]:
-    """Hands all blocks over. Seconds, CPU seconds of this side, bytes."""
+async def send(
+    port: int, block_kib: int, blocks: int, frame_kib: int, streams: int, *, shared: bool = False
+) -> tuple[float, float, int]:
+    """Hands all blocks over, `shared` by reference. Seconds, CPU seconds of this side, bytes."""
 
     async def holder_of(request_id: str) -> Holder | None:
         return None
@@ -78,8 +86,9 @@ async def send(port: int, block_kib: int, blocks: int, frame_kib: int, streams: 
     async def reach(point: str) -> None: ...
 
     layout = layout_of(block_kib)
+    pool, counters = MemoryPool(layout, blocks, _CONTENT, shared=shared), TransferCounters()
     context = SendContext(
-        port=MemoryPool(layout, blocks, _CONTENT), holder_of=holder_of, counters=TransferCounters(),
+        port=pool, holder_of=holder_of, counters=counters, segment=lambda: pool.memory.segment,
         frame_bytes=frame_kib * 1024, streams=streams, stream_bytes=1024, progress_timeout_s=10.0, open_patience_s=5.0,
         engine_alive=lambda: True, reach=reach,
         on_progress=lambda request_id, epoch: None,
@@ -98,6 +107,7 @@ async def send(port: int, block_kib: int, blocks: int, frame_kib: int, streams: 
         )  # fmt: skip
         handoff.end(ending, tuple(range(blocks)))
         result = await handoff.run()
+        assert counters.kv_bytes_mapped == (result.bytes if shared else 0)
         return time.monotonic() - started_s, _cpu_s() - before_s, result.bytes
 
 
@@ -106,19 +116,21 @@ def measure_rounds(block_kib: int, blocks: int, frame_kib: int, streams: int = 1
     found = []
     for _ in range(rounds):
         raw = raw_socket.measure(block_kib * 1024, blocks)
-        found.append(measure(block_kib, blocks, frame_kib, streams) | {"raw_gb_per_s": raw})
+        shared = measure(block_kib, blocks, frame_kib, streams, shared=True)
+        mapped = {f"shared_{name}": value for name, value in shared.items()}
+        found.append(measure(block_kib, blocks, frame_kib, streams) | mapped | {"raw_gb_per_s": raw})
     medians = {name: statistics.median(one[name] for one in found) for name in found[0]}
     return medians | {"share_of_raw": medians["gb_per_s"] / medians["raw_gb_per_s"]}
 
 
-def measure(block_kib: int, blocks: int, frame_kib: int, streams: int) -> dict[str, float]:
-    """One hand-off between two processes. As in a worker, freed memory is kept."""
+def measure(block_kib: int, blocks: int, frame_kib: int, streams: int, *, shared: bool = False) -> dict[str, float]:
+    """One hand-off between two processes; `shared`: through shared memory. As in a worker, freed memory is kept."""
     keep_freed_memory()
     command = [sys.executable, "-m", "tests.bench.kv.wire", "receive", str(block_kib), str(blocks)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None and child.stdout is not None
         port = int(child.stdout.readline())
-        elapsed_s, sent_s, size = asyncio.run(send(port, block_kib, blocks, frame_kib, streams))
+        elapsed_s, sent_s, size = asyncio.run(send(port, block_kib, blocks, frame_kib, streams, shared=shared))
         child.stdin.close()
         received_s = float(child.stdout.readline())
     gigabytes = size / 1e9

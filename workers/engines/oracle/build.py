@@ -7,6 +7,7 @@ from configs.schema.pools import EngineConfig, ModelConfig
 from protos.contract.errors import ModelError
 from workers.batching.paged_engine import EngineLimits, PagedEngine
 from workers.engine_api.clock import Clock
+from workers.engine_api.pool_memory import PoolMemory
 from workers.engines.oracle.model import OracleModel
 from workers.engines.oracle.runner import OracleRunner
 
@@ -21,8 +22,10 @@ def oracle_model(model: ModelConfig) -> OracleModel:
     return OracleModel(model.name, context_tokens=card_of(model, None).context_tokens)
 
 
-def create_engine(model: ModelConfig, engine: EngineConfig, clock: Clock | None = None) -> PagedEngine:
-    """An engine ready to work; costs are charged to `clock`, the machine's if none is given."""
+def create_engine(
+    model: ModelConfig, engine: EngineConfig, clock: Clock | None = None, memory: PoolMemory | None = None
+) -> PagedEngine:
+    """An engine ready to work; costs are charged to `clock`, the machine's if none is given. The pool is in `memory`."""
     runner = OracleRunner(
         oracle_model(model),
         num_blocks=engine.num_blocks,
@@ -30,6 +33,7 @@ def create_engine(model: ModelConfig, engine: EngineConfig, clock: Clock | None 
         prefill_tokens_per_s=engine.oracle.prefill_tokens_per_s,
         decode_step_s=engine.oracle.decode_step_s,
         clock=clock,
+        memory=memory,
     )
     limits = EngineLimits(
         max_batch_tokens=engine.max_batch_tokens,

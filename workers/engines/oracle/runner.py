@@ -8,6 +8,7 @@ import numpy as np
 
 from workers.batching.runner import OnGroups, Sampled, Slice
 from workers.engine_api.clock import Clock, SystemClock
+from workers.engine_api.pool_memory import PoolMemory
 from workers.engine_api.types import KvLayout, ModelIdentity
 from workers.engines.oracle.model import OracleModel, Words, chain_steps, draw, kv_rows, read_layers
 
@@ -32,13 +33,14 @@ class OracleRunner:
         prefill_tokens_per_s: float = 0.0,
         decode_step_s: float = 0.0,
         clock: Clock | None = None,
+        memory: PoolMemory | None = None,
     ) -> None:
         self.model = model
         self._identity = model.identity
         self._layout = model.layout(block_tokens)
-        self._pool: Words = np.zeros((num_blocks, model.num_layers, block_tokens, model.words), dtype="<u8")
+        self._bytes = (memory or PoolMemory()).allocate(num_blocks * self._layout.block_bytes)
+        self._pool: Words = self._bytes.view("<u8").reshape(num_blocks, model.num_layers, block_tokens, model.words)
         self._by_layer = self._pool.reshape(num_blocks * model.num_layers, block_tokens * model.words)
-        self._bytes = self._pool.view(np.uint8).reshape(-1).data
         self._first: Words = np.array([model.key], dtype=np.uint64)  # the chain before position 0
         self._layer_index = np.arange(model.num_layers)[:, None]
         self._prefill_tokens_per_s = prefill_tokens_per_s
@@ -80,12 +82,14 @@ class OracleRunner:
 
     def read_block(self, block_id: int, group: int) -> memoryview:
         start, size = self._span(block_id, group)
-        return self._bytes[start : start + size].toreadonly()
+        return self._bytes[start : start + size].data.toreadonly()
 
-    def write_block(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+    def write_block(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
         start, _ = self._span(block_id, group)
         start += offset_bytes
-        self._bytes[start : start + data.nbytes] = data.cast("B")
+        written = self._bytes[start : start + data.nbytes]
+        written[:] = np.frombuffer(data, dtype=np.uint8)
+        return written.data.toreadonly()
 
     def close(self) -> None:
         """Nothing to free: the pool goes with the runner, and views of it stay valid."""

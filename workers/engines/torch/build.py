@@ -12,6 +12,7 @@ from configs.schema.pools import EngineConfig, ModelConfig
 from protos.contract.errors import ModelError
 from workers.batching.paged_engine import EngineLimits, PagedEngine
 from workers.batching.runner import Runner
+from workers.engine_api.pool_memory import PoolMemory
 from workers.engine_api.protocol import Engine
 from workers.engine_api.types import KvLayout, ModelIdentity
 from workers.engines.torch.config import DecoderConfig, read_config
@@ -30,14 +31,20 @@ from workers.grammar.vocabulary import vocabulary_of
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def create_engine(model: ModelConfig, engine: EngineConfig, model_dir: Path, progress: Progress = silent) -> Engine:
+def create_engine(
+    model: ModelConfig,
+    engine: EngineConfig,
+    model_dir: Path,
+    progress: Progress = silent,
+    memory: PoolMemory | None = None,
+) -> Engine:
     """Loads the checkpoint, with progress, and returns an engine that is ready to step.
 
     `engine.threads` sets torch's threads for the whole process. Raises ModelError, naming the key or the tensor, when
     the checkpoint cannot be served as the cluster file asks.
     """
     set_threads(engine)
-    return engine_over(create_runner(model, engine, model_dir, progress), engine, model_dir)
+    return engine_over(create_runner(model, engine, model_dir, progress, memory), engine, model_dir)
 
 
 def set_threads(engine: EngineConfig) -> None:
@@ -67,10 +74,16 @@ def _constrainer(identity: ModelIdentity, model_dir: Path) -> LlguidanceConstrai
     return LlguidanceConstrainer(vocabulary, identity.vocab_size, identity.eos_token_ids)
 
 
-def create_runner(model: ModelConfig, engine: EngineConfig, model_dir: Path, progress: Progress = silent) -> TorchRunner:
+def create_runner(
+    model: ModelConfig,
+    engine: EngineConfig,
+    model_dir: Path,
+    progress: Progress = silent,
+    memory: PoolMemory | None = None,
+) -> TorchRunner:
     """The runner below the engine of one rank alone. Raises ModelError."""
     parts = read_parts(model, engine, model_dir)
-    return make_runner(parts, model, parts.load(SOLO, progress), parts.layout, alone=True)
+    return make_runner(parts, model, parts.load(SOLO, progress), parts.layout, alone=True, memory=memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,9 +139,15 @@ def read_parts(model: ModelConfig, engine: EngineConfig, model_dir: Path, rank: 
 
 
 def make_runner(
-    parts: RunnerParts, model: ModelConfig, decoder: Decoder, layout: KvLayout, *, alone: bool = False
+    parts: RunnerParts,
+    model: ModelConfig,
+    decoder: Decoder,
+    layout: KvLayout,
+    *,
+    alone: bool = False,
+    memory: PoolMemory | None = None,
 ) -> TorchRunner:
-    """A runner whose pool has this layout: that of full rows, or of one rank's share of them."""
+    """A runner whose pool has this layout: that of full rows, or of one rank's share of them. On a CPU it is in `memory`."""
     identity = ModelIdentity(
         model=model.name,
         architecture=parts.config.architecture,
@@ -147,6 +166,7 @@ def make_runner(
         dtype=parts.dtype,
         device=parts.device,
         steps=parts.steps(alone=alone),
+        memory=memory,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from configs.schema.pools import EngineConfig, ModelConfig
 from workers.engine_api.group import GroupDoor, GroupPlace
+from workers.engine_api.pool_memory import PoolMemory
 from workers.engine_api.protocol import Engine
 from workers.engines.torch.build import RunnerParts, engine_over, make_runner, read_parts, set_threads
 from workers.engines.torch.distributed_ranks import DistributedRanks
@@ -19,14 +20,19 @@ from workers.engines.torch.ranks import RankOf
 
 
 def create_head(
-    model: ModelConfig, engine: EngineConfig, model_dir: Path, place: GroupPlace, progress: Progress = silent
+    model: ModelConfig,
+    engine: EngineConfig,
+    model_dir: Path,
+    place: GroupPlace,
+    progress: Progress = silent,
+    memory: PoolMemory | None = None,
 ) -> tuple[Engine, GroupDoor]:
     """Rank 0's engine, which steps once its door has connected. Raises ModelError as create_engine does."""
     set_threads(engine)
     parts = read_parts(model, engine, model_dir)
     shares = [row_share(parts.config, parts.layout, RankOf(rank, place.ranks)) for rank in range(place.ranks)]
     ranks = _ranks(model, parts, place)
-    inner = make_runner(parts, model, parts.load(ranks, progress), shares[0].layout(parts.layout))
+    inner = make_runner(parts, model, parts.load(ranks, progress), shares[0].layout(parts.layout), memory=memory)
     hub = GroupHub(LinkDoor(place.host, place.ranks, place.step_timeout_s, place.link_timeout_s), ranks, place.host)
     return engine_over(GroupRunner(inner, parts.layout, shares, hub), engine, model_dir), hub
 

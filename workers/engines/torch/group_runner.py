@@ -142,11 +142,12 @@ class GroupRunner:
             self._shares[rank].merge(full, share)
         return full.data.toreadonly()
 
-    def write_block(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+    def write_block(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
         """See Runner.write_block. Raises EngineFailure when a rank is lost."""
         pieces = [(block_id, group, *share.split(offset_bytes, data.cast("B"))) for share in self._shares]
         self._hub.write(pieces[1:])
-        self._inner.write_block(*pieces[0])
+        written = self._inner.write_block(*pieces[0])
+        return written if self._shares[0].parts == 1 else None
 
     def close(self) -> None:
         """Ends the group and frees the pool. Idempotent."""

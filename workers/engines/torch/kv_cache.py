@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from protos.contract.errors import BadFrame
+from workers.engine_api.pool_memory import Bytes, PoolMemory
 from workers.engine_api.types import KvLayout
 
 Rows = npt.NDArray[np.int64]
@@ -26,18 +27,23 @@ class KvCache:
     rows of padding, and nothing of a sequence is ever read from it.
     """
 
-    def __init__(self, layout: KvLayout, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: PoolMemory | None = None,
+    ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self._block_rows = layout.num_layers * layout.block_tokens
         row_values = layout.row_bytes // dtype.itemsize
         shape = ((num_blocks + 2) * self._block_rows, row_values)
         self._on_stored: Callable[[int], None] | None = None
-        self._bytes: memoryview | None = None
+        self._bytes: Bytes | None = None
         if device.type == "cpu":
-            # The system hands out zero pages one by one, so an unused block costs no memory.
-            raw = np.zeros(shape[0] * layout.row_bytes, dtype=np.uint8)
-            self._bytes = raw.data
+            self._bytes = raw = (memory or PoolMemory()).allocate(shape[0] * layout.row_bytes)
             self._rows = torch.from_numpy(raw).view(dtype).view(shape)
         else:
             self._rows = torch.zeros(shape, dtype=dtype, device=device)
@@ -85,23 +91,29 @@ class KvCache:
         """The bytes of one layer group: a read-only view on a CPU, a copy from other devices."""
         start, size = self._span(block_id, group)
         if self._bytes is not None:
-            return self._bytes[start : start + size].toreadonly()
+            return self._bytes[start : start + size].data.toreadonly()
         first = start // self.layout.row_bytes
         part = self._rows[first : first + size // self.layout.row_bytes]
         return part.contiguous().view(torch.uint8).flatten().cpu().numpy().data.toreadonly()
 
-    def write(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
-        """Writes bytes into one layer group. Raises BadFrame, having written nothing, when they do not fit."""
+    def write(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
+        """Writes bytes into one layer group and returns a view of them, None on devices that the process cannot look into.
+
+        Raises BadFrame, having written nothing, when they do not fit.
+        """
         start, size = self._span(block_id, group)
         if offset_bytes < 0 or offset_bytes + data.nbytes > size:
             raise BadFrame(f"block {block_id} group {group}: {data.nbytes} bytes at {offset_bytes} do not fit its {size} bytes")
         start += offset_bytes
         if self._bytes is not None:
-            self._bytes[start : start + data.nbytes] = data.cast("B")
-            return
+            written = self._bytes[start : start + data.nbytes]
+            # numpy, unlike memoryview, lets other threads run while it copies.
+            written[:] = np.frombuffer(data, dtype=np.uint8)
+            return written.data.toreadonly()
         flat = self._rows.view(torch.uint8).flatten()
         source = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
         flat[start : start + data.nbytes].copy_(source)
+        return None
 
     def close(self) -> None:
         """Frees the pool. Views that are still held keep their memory."""

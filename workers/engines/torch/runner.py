@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from workers.batching.runner import OnGroups, Sampled, Slice
+from workers.engine_api.pool_memory import PoolMemory
 from workers.engine_api.types import KvLayout, ModelIdentity
 from workers.engines.torch.config import DecoderConfig
 from workers.engines.torch.kv_cache import KvCache
@@ -39,12 +40,13 @@ class TorchRunner:
         dtype: torch.dtype,
         device: torch.device,
         steps: Steps | None = None,
+        memory: PoolMemory | None = None,
     ) -> None:
         self._decoder = decoder
         self._steps = steps or EagerSteps()
         self._identity = identity
         self._device = device
-        self._cache = KvCache(layout, num_blocks, dtype, device)
+        self._cache = KvCache(layout, num_blocks, dtype, device, memory)
         self._sampler = Sampler()
         self.before_forward: Callable[[Sequence[Slice]], None] | None = None  # hears of every batch that is computed
 
@@ -89,9 +91,9 @@ class TorchRunner:
         """See Runner.read_block."""
         return self._cache.read(block_id, group)
 
-    def write_block(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
+    def write_block(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
         """See Runner.write_block."""
-        self._cache.write(block_id, group, offset_bytes, data)
+        return self._cache.write(block_id, group, offset_bytes, data)
 
     def close(self) -> None:
         """Frees the pool. Idempotent."""

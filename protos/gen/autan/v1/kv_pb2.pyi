@@ -27,8 +27,30 @@ class Capability(_message.Message):
     most_blocks: int
     def __init__(self, mac: _Optional[bytes] = ..., expires_at_ms: _Optional[int] = ..., most_blocks: _Optional[int] = ...) -> None: ...
 
+class SharedPool(_message.Message):
+    __slots__ = ("host", "pid", "fd", "key", "size_bytes")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    pid: int
+    fd: int
+    key: bytes
+    size_bytes: int
+    def __init__(self, host: _Optional[str] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., key: _Optional[bytes] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class SharedPoolAnswer(_message.Message):
+    __slots__ = ("mapped", "why_not")
+    MAPPED_FIELD_NUMBER: _ClassVar[int]
+    WHY_NOT_FIELD_NUMBER: _ClassVar[int]
+    mapped: bool
+    why_not: str
+    def __init__(self, mapped: _Optional[bool] = ..., why_not: _Optional[str] = ...) -> None: ...
+
 class OpenRequest(_message.Message):
-    __slots__ = ("request_id", "epoch", "source_instance", "source_incarnation", "target_instance", "target_incarnation", "fingerprint", "num_tokens", "num_blocks", "block_hashes", "layers_per_group", "capability", "deadline_s", "streams", "offer")
+    __slots__ = ("request_id", "epoch", "source_instance", "source_incarnation", "target_instance", "target_incarnation", "fingerprint", "num_tokens", "num_blocks", "block_hashes", "layers_per_group", "capability", "deadline_s", "streams", "shared_pool", "offer")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +65,7 @@ class OpenRequest(_message.Message):
     CAPABILITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_POOL_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
@@ -58,8 +81,9 @@ class OpenRequest(_message.Message):
     capability: Capability
     deadline_s: float
     streams: int
+    shared_pool: SharedPool
     offer: KvOffer
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., source_instance: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., target_instance: _Optional[str] = ..., target_incarnation: _Optional[int] = ..., fingerprint: _Optional[_Union[_common_pb2.Fingerprint, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., layers_per_group: _Optional[int] = ..., capability: _Optional[_Union[Capability, _Mapping]] = ..., deadline_s: _Optional[float] = ..., streams: _Optional[int] = ..., offer: _Optional[_Union[KvOffer, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., source_instance: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., target_instance: _Optional[str] = ..., target_incarnation: _Optional[int] = ..., fingerprint: _Optional[_Union[_common_pb2.Fingerprint, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., layers_per_group: _Optional[int] = ..., capability: _Optional[_Union[Capability, _Mapping]] = ..., deadline_s: _Optional[float] = ..., streams: _Optional[int] = ..., shared_pool: _Optional[_Union[SharedPool, _Mapping]] = ..., offer: _Optional[_Union[KvOffer, _Mapping]] = ...) -> None: ...
 
 class KvOffer(_message.Message):
     __slots__ = ("encodings", "inexact")
@@ -70,18 +94,20 @@ class KvOffer(_message.Message):
     def __init__(self, encodings: _Optional[_Iterable[_Union[KvEncoding, str]]] = ..., inexact: _Optional[bool] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("transfer_id", "credit_bytes", "first_block", "encoding", "next_blocks")
+    __slots__ = ("transfer_id", "credit_bytes", "first_block", "encoding", "next_blocks", "shared_pool")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     NEXT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_POOL_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     credit_bytes: int
     first_block: int
     encoding: KvEncoding
     next_blocks: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, transfer_id: _Optional[str] = ..., credit_bytes: _Optional[int] = ..., first_block: _Optional[int] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ..., next_blocks: _Optional[_Iterable[int]] = ...) -> None: ...
+    shared_pool: SharedPoolAnswer
+    def __init__(self, transfer_id: _Optional[str] = ..., credit_bytes: _Optional[int] = ..., first_block: _Optional[int] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ..., next_blocks: _Optional[_Iterable[int]] = ..., shared_pool: _Optional[_Union[SharedPoolAnswer, _Mapping]] = ...) -> None: ...
 
 class PushFrame(_message.Message):
     __slots__ = ("transfer_id", "epoch", "data", "end", "more", "stream")
@@ -100,20 +126,24 @@ class PushFrame(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., data: _Optional[_Union[BlockFrame, _Mapping]] = ..., end: _Optional[_Union[EndFrame, _Mapping]] = ..., more: _Optional[_Iterable[_Union[BlockFrame, _Mapping]]] = ..., stream: _Optional[int] = ...) -> None: ...
 
 class BlockFrame(_message.Message):
-    __slots__ = ("block_index", "layer_group", "offset_bytes", "payload", "digest", "encoding")
+    __slots__ = ("block_index", "layer_group", "offset_bytes", "payload", "digest", "encoding", "pool_offset", "pool_bytes")
     BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
     LAYER_GROUP_FIELD_NUMBER: _ClassVar[int]
     OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
+    POOL_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
     block_index: int
     layer_group: int
     offset_bytes: int
     payload: bytes
     digest: bytes
     encoding: KvEncoding
-    def __init__(self, block_index: _Optional[int] = ..., layer_group: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ...) -> None: ...
+    pool_offset: int
+    pool_bytes: int
+    def __init__(self, block_index: _Optional[int] = ..., layer_group: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ..., pool_offset: _Optional[int] = ..., pool_bytes: _Optional[int] = ...) -> None: ...
 
 class EndFrame(_message.Message):
     __slots__ = ("num_tokens", "next_token_ids", "first_output_index", "timeline", "since_prefill_s", "next_logprobs", "digest")

@@ -1,0 +1,102 @@
+"""From references into a shared pool to verified bytes in the own one.
+
+Bytes are copied on the event loop, in the same step as the check that the transfer is still open, so nothing is ever written
+into blocks that were given back. Digests are taken of the copy, never of the shared bytes, which may change between a check
+and a use; large ones on other threads, while the loop copies on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from protos.contract.errors import BadFrame
+from workers.kv_transfer.attachment import Attachment
+from workers.kv_transfer.counters import TransferCounters
+from workers.kv_transfer.frames import Reassembly
+from workers.kv_transfer.lifecycle import ReceiveState
+from workers.kv_transfer.port import EnginePort
+from workers.kv_transfer.push_codec import DataFrame
+from workers.kv_transfer.transfer import Transfer
+
+_TURN_BYTES = 1024 * 1024  # copied in one turn of the event loop: a quarter of a millisecond
+_THREAD_BYTES = 128 * 1024  # xxhash lets other threads run while it reads this much, and not for less
+
+Copied = tuple[DataFrame, memoryview]
+
+
+class References:
+    """Lands the references of one message at a time."""
+
+    def __init__(self, port: EnginePort, counters: TransferCounters) -> None:
+        self._port = port
+        self._counters = counters
+        self._in_place = True  # the engine shows what was written
+
+    async def land(self, at: Attachment, frames: Sequence[DataFrame]) -> None:
+        """Checks credit and place of all frames, copies their bytes, then verifies and counts them.
+
+        Raises what `at.check_current` raises when the transfer ends or another stream takes over meanwhile: nothing more is
+        written or counted then. Raises BadFrame, having written nothing, for a frame that is not exactly the next or names
+        bytes outside of the pool, and DigestMismatch; after either nothing of the transfer may be used.
+        """
+        transfer, reassembly = at.transfer, at.stripe.reassembly
+        if transfer.lifecycle.state is not ReceiveState.RECEIVING:
+            raise BadFrame(f"{transfer.request_id}: a block after the end")
+        pool = transfer.pool
+        if pool is None:
+            raise BadFrame(f"{transfer.request_id}: a frame names bytes of a shared pool, and none was agreed on")
+        at.stripe.spend(sum(frame.pool_bytes for frame in frames))
+        reassembly.check_references(frames)
+        sources = [pool.view(frame.pool_offset, frame.pool_bytes) for frame in frames]
+        digests: list[asyncio.Future[list[bytes]]] = []
+        turn: list[Copied] = []
+        turn_bytes = 0
+        for frame, source in zip(frames, sources, strict=True):
+            turn.append((frame, self._copy(transfer, frame, source)))
+            turn_bytes += frame.pool_bytes
+            if turn_bytes >= _TURN_BYTES:
+                digests.append(_digests(reassembly, turn))
+                turn, turn_bytes = [], 0
+                await asyncio.sleep(0)
+                at.check_current()
+        digests.append(_digests(reassembly, turn))
+        taken = [digest for part in digests for digest in await part]
+        at.check_current()
+        self._count(at, frames, taken)
+
+    def _copy(self, transfer: Transfer, frame: DataFrame, source: memoryview) -> memoryview:
+        """A copy that no other process can change; the same bytes are in the pool."""
+        block_id = transfer.ticket.block_ids[frame.block_index]
+        if self._in_place:
+            written = self._port.import_kv(block_id, frame.layer_group, 0, source)
+            if written is not None:
+                return written
+            self._in_place = False
+        own = memoryview(bytes(source))
+        self._port.import_kv(block_id, frame.layer_group, 0, own)
+        return own
+
+    def _count(self, at: Attachment, frames: Sequence[DataFrame], digests: Sequence[bytes]) -> None:
+        reassembly, blocks = at.stripe.reassembly, 0
+        for frame, digest in zip(frames, digests, strict=True):
+            reassembly.accept_reference(frame, digest)
+            blocks += reassembly.next_block != frame.block_index
+        size = sum(frame.pool_bytes for frame in frames)
+        self._counters.kv_bytes_received += size
+        self._counters.kv_bytes_mapped += size
+        self._counters.kv_blocks_received += blocks
+        if blocks and at.transfer.is_ending:
+            at.transfer.news.ring()
+
+
+def _digests(reassembly: Reassembly, copied: list[Copied]) -> asyncio.Future[list[bytes]]:
+    def take() -> list[bytes]:
+        return [reassembly.digest_of(frame, data) for frame, data in copied]
+
+    loop = asyncio.get_running_loop()
+    if any(frame.pool_bytes >= _THREAD_BYTES for frame, _ in copied):
+        return loop.run_in_executor(None, take)
+    taken: asyncio.Future[list[bytes]] = loop.create_future()
+    taken.set_result(take())
+    return taken
