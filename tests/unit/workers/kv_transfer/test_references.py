@@ -18,10 +18,12 @@ from workers.kv_transfer.attachment import Attachment
 from workers.kv_transfer.claims import Expectation
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.digest import DigestScope
+from workers.kv_transfer.encodings import Encoding
 from workers.kv_transfer.frames import Batch, Reassembly
 from workers.kv_transfer.kv_source import KvSource
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.placement import Placement
+from workers.kv_transfer.packing import GroupUnpacker
 from workers.kv_transfer.pool_mappings import PoolMappings, offer_of
 from workers.kv_transfer.push_codec import MAX_PARTS, DataFrame, decode_push, encode_data
 from workers.kv_transfer.transfer import Transfer
@@ -82,6 +84,9 @@ class Arriving:
             expected=Expectation(request=request, source_instance="p", source_incarnation=1),
             ticket=ImportTicket(request_id="r", epoch=1, block_ids=tuple(ids), reused_blocks=0),
             make_reassembly=lambda stream, streams, first: Reassembly(layout, SCOPE, first, len(ids), streams),
+            scope=SCOPE,
+            unpacker=GroupUnpacker(Encoding.NONE, layout, SCOPE),
+            is_exact_source=True,
             window_bytes=WINDOW_BYTES,
             room_tokens=len(ids) * layout.block_tokens,
             touched_s=0.0,
@@ -118,9 +123,14 @@ class Arriving:
 def frames(source: Pool, ids: Sequence[int], *, mapped: bool) -> list[DataFrame]:
     """What a sender makes of these blocks: one frame for each layer group either way."""
     batch = Batch(WINDOW_BYTES // 2, WINDOW_BYTES // 2)
-    cut = KvSource(source, SCOPE, source.memory.segment if mapped else None)  # type: ignore[arg-type]
-    groups = range(source.layout.num_groups)
-    return [frame for index, block in enumerate(ids) for group in groups for frame in cut.frames(index, block, group, batch)]
+    cut = KvSource(source, SCOPE, Encoding.NONE, source.memory.segment if mapped else None)  # type: ignore[arg-type]
+
+    async def all_frames() -> list[DataFrame]:
+        groups = range(source.layout.num_groups)
+        parts = [await cut.frames(index, block, group, batch) for index, block in enumerate(ids) for group in groups]
+        return [frame for part in parts for frame in part]
+
+    return asyncio.run(all_frames())
 
 
 def messages(cut: Sequence[DataFrame], sizes: Sequence[int]) -> list[bytes]:
@@ -280,8 +290,8 @@ def test_protobuf_and_the_codec_read_each_others_references() -> None:
     rng = random.Random(3)
     for _ in range(200):
         frame = DataFrame(
-            rng.getrandbits(32), rng.getrandbits(32), 0, memoryview(b""), rng.randbytes(16), rng.getrandbits(64),
-            rng.getrandbits(31) + 1,
+            rng.getrandbits(32), rng.getrandbits(32), 0, memoryview(b""), rng.randbytes(16),
+            pool_offset=rng.getrandbits(64), pool_bytes=rng.getrandbits(31) + 1,
         )  # fmt: skip
         message = encode_data("t", 1, [frame, frame])
         parsed = kv.PushFrame.FromString(message)
@@ -291,7 +301,13 @@ def test_protobuf_and_the_codec_read_each_others_references() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"payload": b"x", "pool_bytes": 1}, {"payload": b"x", "pool_offset": 1}, {"pool_offset": 1}]
+    "fields",
+    [
+        {"payload": b"x", "pool_bytes": 1},
+        {"payload": b"x", "pool_offset": 1},
+        {"pool_offset": 1},
+        {"encoding": 1, "pool_bytes": 1},
+    ],
 )
 def test_a_frame_that_carries_and_names_bytes_is_malformed(fields: dict[str, object]) -> None:
     message = kv.PushFrame(transfer_id="t", epoch=1, data=kv.BlockFrame(**fields)).SerializeToString()  # type: ignore[arg-type]
