@@ -16,6 +16,7 @@ from torch import Tensor
 from protos.contract.errors import BadFrame
 from workers.engine_api.pool_memory import Bytes, PoolMemory
 from workers.engine_api.types import KvLayout
+from workers.engines.torch.device_copies import DeviceCopies
 
 Rows = npt.NDArray[np.int64]
 
@@ -47,6 +48,7 @@ class KvCache:
             self._rows = torch.from_numpy(raw).view(dtype).view(shape)
         else:
             self._rows = torch.zeros(shape, dtype=dtype, device=device)
+            self._copies = DeviceCopies(device, max(layout.group_bytes(group) for group in range(layout.num_groups)))
 
     @property
     def scratch_block(self) -> int:
@@ -92,9 +94,7 @@ class KvCache:
         start, size = self._span(block_id, group)
         if self._bytes is not None:
             return self._bytes[start : start + size].data.toreadonly()
-        first = start // self.layout.row_bytes
-        part = self._rows[first : first + size // self.layout.row_bytes]
-        return part.contiguous().view(torch.uint8).flatten().cpu().numpy().data.toreadonly()
+        return self._copies.read(self._rows.view(torch.uint8).flatten()[start : start + size])
 
     def write(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
         """Writes bytes into one layer group and returns a view of them, None on devices that the process cannot look into.
@@ -110,9 +110,7 @@ class KvCache:
             # numpy, unlike memoryview, lets other threads run while it copies.
             written[:] = np.frombuffer(data, dtype=np.uint8)
             return written.data.toreadonly()
-        flat = self._rows.view(torch.uint8).flatten()
-        source = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
-        flat[start : start + data.nbytes].copy_(source)
+        self._copies.write(self._rows.view(torch.uint8).flatten()[start : start + data.nbytes], data)
         return None
 
     def close(self) -> None:
