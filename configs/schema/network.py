@@ -27,8 +27,9 @@ class NetworkConfig(Section):
     refused without `insecure: true` until TLS exists. `advertise_host` is where workers on other nodes reach the
     orchestrator; by default the address of its own Ray node.
 
-    A hand-off pushes KV in messages of up to `frame_bytes`, over one connection for each full `stream_bytes` of the sequence and
-    at most `streams` of them; the receiver grants no more than its own `streams`. All of them share the credit of the hand-off.
+    A hand-off pushes KV in messages of up to `frame_bytes`, over one connection for each full `stream_bytes` of the sequence
+    and at most `streams` of them; the receiver grants no more than its own `streams`. All of them share the credit of the
+    hand-off.
     """
 
     bind: Literal["loopback", "node"] = "loopback"
