@@ -100,7 +100,7 @@ def transports(options: argparse.Namespace) -> tuple[dict[str, Measure], dict[st
         return lambda block_bytes, blocks: wire.measure(block_bytes // 1024, blocks, options.frame_kib, streams)
 
     def shared(block_bytes: int, blocks: int) -> dict[str, float]:
-        return wire.measure(block_bytes // 1024, blocks, options.frame_kib, 1, shared=True)
+        return wire.measure(block_bytes // 1024, blocks, options.frame_kib, 1, wire.Way.SHARED)
 
     python = PeerEnv(Path(sys.executable), sys.version.partition(" ")[0])
     found: dict[str, Measure] = {name_of(count): ours(count) for count in options.streams}

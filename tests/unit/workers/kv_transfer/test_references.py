@@ -22,8 +22,8 @@ from workers.kv_transfer.encodings import Encoding
 from workers.kv_transfer.frames import Batch, Reassembly
 from workers.kv_transfer.kv_source import KvSource
 from workers.kv_transfer.lifecycle import ReceiveState
-from workers.kv_transfer.placement import Placement
 from workers.kv_transfer.packing import GroupUnpacker
+from workers.kv_transfer.placement import Placement
 from workers.kv_transfer.pool_mappings import PoolMappings, offer_of
 from workers.kv_transfer.push_codec import MAX_PARTS, DataFrame, decode_push, encode_data
 from workers.kv_transfer.transfer import Transfer
