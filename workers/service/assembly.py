@@ -20,6 +20,7 @@ from workers.kv_transfer.receiver import Receiver
 from workers.kv_transfer.sender import SendContext
 from workers.service.arrivals import Arrivals
 from workers.service.assignments import Assignment, Assignments
+from workers.service.cache_feed import CacheFeed
 from workers.service.coordinator import Coordinator, Parts
 from workers.service.diagnosis import Diagnosis, DiagnosisContext
 from workers.service.engine_thread import EngineThread
@@ -67,6 +68,7 @@ class Assembly:
     coordinator: Coordinator
     audit: KvAudit
     diagnosis: Diagnosis
+    cache_feed: CacheFeed
 
 
 def wire_options(spec: WorkerSpec) -> list[tuple[str, Any]]:
@@ -135,7 +137,14 @@ def assemble(base: Base) -> Assembly:
         coordinator=coordinator,
         audit=_audit(base, assignments, ledger, handoffs, receiver),
         diagnosis=_diagnosis(base),
+        cache_feed=_cache_feed(base),
     )
+
+
+def _cache_feed(base: Base) -> CacheFeed:
+    feed = CacheFeed(base.thread, lambda: base.me.incarnation)
+    base.thread.hear_cache(feed.take)
+    return feed
 
 
 def _failures(base: Base) -> Failures:

@@ -226,8 +226,9 @@ class WorkerHost:
             maximum_concurrent_rpcs=_MAX_CONCURRENT_RPCS,
         )
         add_worker: Any = worker_pb2_grpc.add_WorkerServicer_to_server
-        add_kv_transfer(KvTransferService(self.parts.receiver), self._server)
-        add_worker(WorkerService(self.status, self._group, self.parts.audit, self.parts.diagnosis), self._server)
+        parts = self.parts
+        add_kv_transfer(KvTransferService(parts.receiver), self._server)
+        add_worker(WorkerService(self.status, self._group, parts.audit, parts.diagnosis, parts.cache_feed), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
         port = self._server.add_insecure_port(f"{host}:0")
         self.address = f"{host}:{port}"

@@ -12,6 +12,7 @@ from protos.rpc import kv_pb2_grpc, worker_pb2_grpc
 from protos.wire import audit, kv, worker
 from workers.kv_transfer.push_codec import PushMessage, decode_push
 from workers.kv_transfer.receiver import Receiver
+from workers.service.cache_feed import CacheFeed
 from workers.service.diagnosis import Diagnosis
 from workers.service.group import GroupHead
 from workers.service.kv_audit import KvAudit
@@ -53,12 +54,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc, unuse
     """autan.v1.Worker."""
 
     def __init__(
-        self, status: Callable[[], worker.WorkerStatusReply], group: GroupHead, kv_audit: KvAudit, diagnosis: Diagnosis
+        self,
+        status: Callable[[], worker.WorkerStatusReply],
+        group: GroupHead,
+        kv_audit: KvAudit,
+        diagnosis: Diagnosis,
+        feed: CacheFeed,
     ) -> None:
         self._status = status
         self._group = group
         self._audit = kv_audit
         self._diagnosis = diagnosis
+        self._feed = feed
 
     async def Status(self, request: worker.WorkerStatusRequest, context: Any) -> worker.WorkerStatusReply:
         return self._status()
@@ -80,6 +87,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc, unuse
 
     async def Diagnose(self, request: worker.WorkerDiagnoseRequest, context: Any) -> audit.SelfReport:
         return await self._diagnosis.report(request)
+
+    async def WatchCache(self, request: worker.WatchCacheRequest, context: Any) -> AsyncIterator[worker.CacheNews]:
+        async for news in self._feed.watch(request.incarnation, request.after_event):
+            yield news
 
 
 class Health:
