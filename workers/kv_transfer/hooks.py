@@ -61,3 +61,7 @@ class ReceiveLimits:
     window_bytes: int
     progress_timeout_s: float
     remember_s: float
+
+    def deadline_s(self, touched_s: float) -> float:
+        """When a transfer that was touched then, in monotonic time, is a leak."""
+        return touched_s + 2 * self.progress_timeout_s

@@ -14,10 +14,10 @@ from workers.engine_api.protocol import Engine
 from workers.kv_transfer.authority import Authority
 from workers.kv_transfer.claims import Addressee
 from workers.kv_transfer.counters import TransferCounters
+from workers.kv_transfer.handoff_job import SendContext
 from workers.kv_transfer.hooks import ReceiveLimits
 from workers.kv_transfer.ledger import Ledger
 from workers.kv_transfer.receiver import Receiver
-from workers.kv_transfer.sender import SendContext
 from workers.service.arrivals import Arrivals
 from workers.service.assignments import Assignment, Assignments
 from workers.service.cache_feed import CacheFeed

@@ -19,8 +19,8 @@ from protos.contract.errors import (
 from protos.contract.redis_names import InboxKind
 from protos.wire import common
 from workers.engine_api.types import FinishReason, LayerProgress, Phase, PrefillProgress, StepResult, TokenOut
+from workers.kv_transfer.handoff_job import Ending, HandoffResult
 from workers.kv_transfer.receiver import Receiver
-from workers.kv_transfer.sender import Ending, HandoffResult
 from workers.service.arrivals import Arrivals
 from workers.service.assignments import Assignment, Assignments, Part, Stage
 from workers.service.engine_thread import EngineThread, StepEvent

@@ -14,9 +14,10 @@ import grpc.aio
 from protos.contract.errors import AutanError, Cancelled, EngineFailure, InternalError
 from protos.rpc import open_channel
 from protos.wire import common
+from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, SendContext
 from workers.kv_transfer.ledger import Entry, Key, Ledger, Side
 from workers.kv_transfer.lifecycle import SendState
-from workers.kv_transfer.sender import Ending, Handoff, HandoffJob, HandoffResult, SendContext, is_fence
+from workers.kv_transfer.sender import Handoff, is_fence
 from workers.service.assignments import Assignment
 from workers.service.engine_thread import EngineThread
 from workers.service.membership import Membership

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from protos.contract.redis_names import is_name
 from protos.wire import audit
 from workers.engine_api.types import BlockOwner, EngineStats
+from workers.kv_transfer.handoff_job import Holder
 from workers.kv_transfer.ledger import Entry, Side
-from workers.kv_transfer.sender import Holder
 
 RequestKey = tuple[str, int]
 

@@ -25,9 +25,10 @@ import grpc.aio
 from protos.contract.errors import AutanError, EngineFailure, HandoffTimeout, InternalError, InvalidRequest, OutOfBlocks
 from protos.wire import common
 from workers.engine_api.types import EngineRequest, TokenOut
+from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, SendContext
 from workers.kv_transfer.ledger import Entry, Key, Ledger, Side
 from workers.kv_transfer.lifecycle import Lifecycle, SendState
-from workers.kv_transfer.sender import Ending, Handoff, HandoffJob, HandoffResult, SendContext
+from workers.kv_transfer.sender import Handoff
 from workers.service.assignments import Assignment, Stage
 from workers.service.engine_thread import EngineThread
 from workers.service.membership import Membership

@@ -28,7 +28,7 @@ from protos.contract.redis_names import Code, Fn, InboxKind, base_key, instance_
 from protos.wire import error_to_wire
 from protos.wire import store as records
 from workers.kv_transfer.authority import StoreClock
-from workers.kv_transfer.sender import Holder
+from workers.kv_transfer.handoff_job import Holder
 
 _AWAY = ("MISCONF", "BUSY", "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS")
 _ENTRY = 19  # fields of one entry of pick

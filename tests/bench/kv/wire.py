@@ -26,10 +26,11 @@ from tests.bench.kv import raw_socket
 from workers.engine_api.types import EngineRequest, ImportTicket, KvLayout, SamplingParams
 from workers.kv_transfer.claims import Addressee, Expectation
 from workers.kv_transfer.counters import TransferCounters
+from workers.kv_transfer.handoff_job import Ending, HandoffJob, Holder, SendContext
 from workers.kv_transfer.hooks import Arrived, ReceiveLimits
 from workers.kv_transfer.ledger import Ledger
 from workers.kv_transfer.receiver import Receiver
-from workers.kv_transfer.sender import Ending, Handoff, HandoffJob, Holder, SendContext
+from workers.kv_transfer.sender import Handoff
 from workers.service.servicers import KvTransferService, add_kv_transfer
 
 _LAYER_BYTES = 64 * 1024

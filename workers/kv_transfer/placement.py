@@ -1,0 +1,37 @@
+"""From a data frame to verified bytes in the pool.
+
+Runs on the event loop, in the same step as the check that the transfer is still open, so nothing is ever written into blocks
+that were given back.
+"""
+
+from __future__ import annotations
+
+from protos.contract.errors import BadFrame
+from workers.kv_transfer.counters import TransferCounters
+from workers.kv_transfer.lifecycle import ReceiveState
+from workers.kv_transfer.port import EnginePort
+from workers.kv_transfer.push_codec import DataFrame
+from workers.kv_transfer.transfer import Transfer
+
+
+class Placement:
+    """Puts what arrives where it belongs, and counts it."""
+
+    def __init__(self, port: EnginePort, counters: TransferCounters) -> None:
+        self._port = port
+        self._counters = counters
+
+    def place(self, transfer: Transfer, frame: DataFrame) -> None:
+        """Checks credit, place and digest of one frame and writes its bytes.
+
+        Raises BadFrame or DigestMismatch, after either of which nothing of the transfer may be used.
+        """
+        if transfer.lifecycle.state is not ReceiveState.RECEIVING:
+            raise BadFrame(f"{transfer.request_id}: a block after the end")
+        transfer.spend(len(frame.payload))
+        before = transfer.reassembly.verified_blocks
+        accepted = transfer.reassembly.accept(frame)
+        block_id = transfer.ticket.block_ids[accepted.block_index]
+        self._port.import_kv(block_id, accepted.group, accepted.offset_bytes, accepted.payload)
+        self._counters.kv_bytes_received += len(accepted.payload)
+        self._counters.kv_blocks_received += transfer.reassembly.verified_blocks - before

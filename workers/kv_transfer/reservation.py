@@ -1,0 +1,103 @@
+"""How an incoming transfer begins: room is reserved for it, or the one that is there already goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from weakref import WeakValueDictionary
+
+from protos.contract.errors import BadFrame, StaleEpoch
+from protos.wire import fingerprint_key, kv
+from workers.kv_transfer.claims import Addressee, Expectation, check_expected
+from workers.kv_transfer.digest import DigestScope
+from workers.kv_transfer.frames import Reassembly
+from workers.kv_transfer.hooks import ReceiveLimits, ReceiverHooks
+from workers.kv_transfer.ledger import Entry, Ledger
+from workers.kv_transfer.lifecycle import ReceiveState
+from workers.kv_transfer.port import EnginePort
+from workers.kv_transfer.returns import Returns
+from workers.kv_transfer.transfer import Transfer, TransferTable
+
+
+class Reservations:
+    """Opens transfers: at most one for each request, of its newest epoch."""
+
+    def __init__(
+        self,
+        *,
+        port: EnginePort,
+        hooks: ReceiverHooks,
+        ledger: Ledger,
+        limits: ReceiveLimits,
+        table: TransferTable,
+        returns: Returns,
+    ) -> None:
+        self._port = port
+        self._hooks = hooks
+        self._ledger = ledger
+        self._limits = limits
+        self._table = table
+        self._returns = returns
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def open(self, claim: kv.OpenRequest, here: Addressee) -> kv.OpenReply:
+        """Raises StaleEpoch, StaleIncarnation, BadFrame or OutOfBlocks. Not to be cancelled: see Receiver.open."""
+        expected = await self._hooks.expect(claim.request_id, claim.epoch)
+        check_expected(claim, expected, here)
+        lock = self._locks.setdefault(claim.request_id, asyncio.Lock())
+        async with lock:
+            current = self._table.of_request(claim.request_id)
+            if current is not None and current.expected == expected:
+                if claim.num_tokens != current.room_tokens:
+                    raise BadFrame(f"{claim.request_id}: opened with {current.room_tokens} tokens, now {claim.num_tokens}")
+                return await self._open_again(current)
+            if current is not None and current.epoch >= claim.epoch:
+                raise StaleEpoch(f"{claim.request_id}: epoch {current.epoch} is here already")
+            if current is not None:
+                await self._returns.abort(current, StaleEpoch(f"{claim.request_id}: epoch {claim.epoch} has begun"))
+            return await self._reserve(expected, here, claim.num_tokens)
+
+    async def _open_again(self, transfer: Transfer) -> kv.OpenReply:
+        if transfer.committing is not None:
+            await asyncio.shield(transfer.committing)
+        transfer.touched_s = time.monotonic()
+        transfer.stream += 1
+        transfer.wake()
+        if transfer.lifecycle.state is ReceiveState.RECEIVING:
+            transfer.lifecycle.move(ReceiveState.OPEN)
+        transfer.reassembly.rewind()
+        first_block = transfer.reassembly.verified_blocks
+        return kv.OpenReply(transfer_id=transfer.transfer_id, credit_bytes=transfer.reset_credit(), first_block=first_block)
+
+    async def _reserve(self, expected: Expectation, here: Addressee, room_tokens: int) -> kv.OpenReply:
+        request, known = expected.request, expected.num_tokens
+        await self._returns.over(request.request_id)
+        ticket = await self._port.call(lambda engine: engine.import_begin(request, known, room_tokens - known))
+        scope = DigestScope(fingerprint_key(here.fingerprint), request.request_id, request.epoch)
+        transfer = Transfer(
+            expected=expected,
+            ticket=ticket,
+            reassembly=Reassembly(here.layout, scope, ticket.reused_blocks, len(ticket.block_ids)),
+            window_bytes=self._limits.window_bytes,
+            room_tokens=room_tokens,
+            touched_s=time.monotonic(),
+        )
+        self._ledger.open(
+            Entry(
+                key=transfer.key,
+                owner=here.instance_id,
+                writer=f"{expected.source_instance}/{expected.source_incarnation}",
+                blocks=transfer.num_blocks,
+                deadline_s=self._limits.deadline_s(transfer.touched_s),
+                state=lambda: transfer.lifecycle.state.value,
+            )
+        )
+        self._table.add(transfer)
+        if not self._hooks.is_expected(request.request_id, request.epoch):
+            error = StaleEpoch(f"{request.request_id}: epoch {request.epoch} was revoked meanwhile")
+            await self._returns.abort(transfer, error)
+            raise error
+        self._hooks.opened(request.request_id, request.epoch)
+        return kv.OpenReply(
+            transfer_id=transfer.transfer_id, credit_bytes=transfer.reset_credit(), first_block=ticket.reused_blocks
+        )
