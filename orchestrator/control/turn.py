@@ -123,7 +123,7 @@ class _Turn:
             placement.decode_blocks,
             target.capabilities.block_bytes if target.capabilities is not None else 0,
             request.deadline_ms,
-            choose_source(request, source, self.view.instances, self.settings.rules.prefix, self.view.now_ms),
+            choose_source(request, board[placement.prefill], self.view.instances, self.settings.rules.prefix, self.view.now_ms),
         )
         board.charge(request, placement)
         self.assignments.append((assignment, request.prefill_tokens))

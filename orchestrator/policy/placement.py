@@ -115,9 +115,7 @@ def place(
         None,
     )
     split = _best_pair(request, candidates, limits, barred)
-    if split is not None and (
-        local is None or tokens_before_first(request, split[0]) < tokens_before_first(request, local)
-    ):
+    if split is not None and (local is None or tokens_before_first(request, split[0]) < tokens_before_first(request, local)):
         source, target = split
         return Placement(
             source.instance.instance_id,

@@ -80,6 +80,4 @@ def predicted_move_s(num_bytes: int, rules: PrefixRules) -> float:
 
 
 def _may_lend(instance: InstanceView, fingerprint: str) -> bool:
-    return (
-        instance.state in _LENDING and instance.capabilities is not None and instance.capabilities.fingerprint == fingerprint
-    )
+    return instance.state in _LENDING and instance.capabilities is not None and instance.capabilities.fingerprint == fingerprint

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from protos.contract.errors import AutanError, BadFrame, InternalError
 from protos.wire import kv
 from workers.kv_transfer.authority import Authority
-from workers.kv_transfer.claims import check_end
+from workers.kv_transfer.claims import Addressee, check_end
 from workers.kv_transfer.hooks import ReceiverHooks
 from workers.kv_transfer.ledger import Ledger
 from workers.kv_transfer.lifecycle import ReceiveState
@@ -47,7 +48,7 @@ class Commitments:
         """Takes the end frame. Told again of a transfer that commits or has committed, it gives the same commit."""
         if transfer.committing is None:
             here = self._hooks.here()
-            tokens = check_end(end, transfer.expected, here, transfer.room_tokens)
+            tokens = self._check(transfer, end, here)
             num_blocks = -(-end.num_tokens // here.layout.block_tokens)
             if not transfer.reassembly.is_whole(num_blocks):
                 verified = transfer.reassembly.verified_blocks
@@ -56,6 +57,15 @@ class Commitments:
             transfer.committing = self._tasks.spawn(self._commit(transfer, end, tokens))
         return await asyncio.shield(transfer.committing)
 
+    def _check(self, transfer: Transfer, end: kv.EndFrame, here: Addressee) -> tuple[int, ...]:
+        """The tokens to go on with. Raises BadFrame."""
+        return check_end(end, transfer.expected, here, transfer.room_tokens)
+
+    def _enter_engine(self, transfer: Transfer, end: kv.EndFrame, tokens: tuple[int, ...]) -> asyncio.Future[Any]:
+        """Tells the engine that everything is there."""
+        request_id, epoch, num_tokens = transfer.request_id, transfer.epoch, end.num_tokens
+        return self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens, num_tokens))
+
     async def _commit(self, transfer: Transfer, end: kv.EndFrame, tokens: tuple[int, ...]) -> kv.Commit:
         request_id, epoch = transfer.request_id, transfer.epoch
         started_s = time.monotonic()
@@ -63,7 +73,7 @@ class Commitments:
             await self._reach("import.before_commit")
             # The engine computes while Redis is asked; what it samples waits for the answer and is dropped with a refusal.
             transfer.in_engine = True
-            await self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens, end.num_tokens))
+            await self._enter_engine(transfer, end, tokens)
             await self._reach("import.in_engine")
             await self._hooks.commit(request_id, epoch)
             if transfer.ended_by is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from protos.contract.errors import AutanError, BadFrame
 from protos.wire import common, kv
-from workers.engine_api.types import ImportTicket
+from workers.engine_api.types import ImportTicket, PrefixTicket
 from workers.kv_transfer.claims import Expectation
 from workers.kv_transfer.frames import Reassembly
 from workers.kv_transfer.hooks import Arrived
@@ -35,6 +35,7 @@ class Transfer:
     ended_by: AutanError | None = None
     committing: asyncio.Task[kv.Commit] | None = None
     in_engine: bool = False  # the engine was told to decode it
+    loan: PrefixTicket | None = None  # of cached blocks, which enter the prefix cache and no sequence
 
     @property
     def request_id(self) -> str:
@@ -49,7 +50,7 @@ class Transfer:
     @property
     def key(self) -> Key:
         """The ledger's name of it."""
-        return Key(self.request_id, self.epoch, Side.RECEIVE)
+        return Key(self.request_id, self.epoch, Side.RECEIVE if self.loan is None else Side.BORROW)
 
     @property
     def num_blocks(self) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from configs.worker_spec import WorkerSpec
+from protos.contract.capability import GrantKind
 from protos.contract.errors import AutanError
 from protos.rpc import channel_options
 from protos.wire import common
@@ -17,6 +18,7 @@ from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.handoff_job import SendContext
 from workers.kv_transfer.hooks import ReceiveLimits
 from workers.kv_transfer.ledger import Ledger
+from workers.kv_transfer.prefix_receiver import PrefixReceiver
 from workers.kv_transfer.receiver import Receiver
 from workers.service.arrivals import Arrivals
 from workers.service.assignments import Assignment, Assignments
@@ -32,6 +34,10 @@ from workers.service.kv_audit import AuditContext, KvAudit
 from workers.service.membership import Membership
 from workers.service.moves import Moves
 from workers.service.outbox import Outbox, OutboxContext
+from workers.service.prefill_speed import PrefillSpeed
+from workers.service.prefix_exchange import PrefixExchange
+from workers.service.prefix_fetch import PrefixFetches
+from workers.service.prefix_lending import Lendings
 from workers.service.retrying import while_store_is_away
 from workers.service.store import WorkerStore
 
@@ -68,7 +74,7 @@ class Assembly:
     coordinator: Coordinator
     audit: KvAudit
     diagnosis: Diagnosis
-    cache_feed: CacheFeed
+    prefixes: PrefixExchange
 
 
 def wire_options(spec: WorkerSpec) -> list[tuple[str, Any]]:
@@ -107,6 +113,7 @@ def assemble(base: Base) -> Assembly:
     moves = _moves(base, handoffs, context, ledger, outbox, on_moved)
     arrivals = _arrivals(base, assignments, outbox, on_failed, on_arrived)
     receiver = _receiver(base, arrivals, ledger, counters)
+    prefixes = _prefixes(base, handoffs, context, ledger, arrivals)
     coordinator = Coordinator(
         Parts(
             me=me,
@@ -116,6 +123,7 @@ def assemble(base: Base) -> Assembly:
             outbox=outbox,
             handoffs=handoffs,
             moves=moves,
+            prefixes=prefixes,
             receiver=receiver,
             arrivals=arrivals,
             failures=failures,
@@ -135,16 +143,10 @@ def assemble(base: Base) -> Assembly:
         receiver=receiver,
         failures=failures,
         coordinator=coordinator,
-        audit=_audit(base, assignments, ledger, handoffs, receiver),
+        audit=_audit(base, assignments, ledger, handoffs, receiver, prefixes),
         diagnosis=_diagnosis(base),
-        cache_feed=_cache_feed(base),
+        prefixes=prefixes,
     )
-
-
-def _cache_feed(base: Base) -> CacheFeed:
-    feed = CacheFeed(base.thread, lambda: base.me.incarnation)
-    base.thread.hear_cache(feed.take)
-    return feed
 
 
 def _failures(base: Base) -> Failures:
@@ -158,7 +160,14 @@ def _failures(base: Base) -> Failures:
     )
 
 
-def _audit(base: Base, assignments: Assignments, ledger: Ledger, handoffs: HandoffTasks, receiver: Receiver) -> KvAudit:
+def _audit(
+    base: Base,
+    assignments: Assignments,
+    ledger: Ledger,
+    handoffs: HandoffTasks,
+    receiver: Receiver,
+    prefixes: PrefixExchange,
+) -> KvAudit:
     context = AuditContext(
         me=base.me,
         engine=base.thread,
@@ -167,6 +176,7 @@ def _audit(base: Base, assignments: Assignments, ledger: Ledger, handoffs: Hando
         ledger=ledger,
         handoffs=handoffs,
         receiver=receiver,
+        prefixes=prefixes,
     )
     return KvAudit(context)
 
@@ -265,18 +275,57 @@ def _arrivals(
     )
 
 
-def _receiver(base: Base, arrivals: Arrivals, ledger: Ledger, counters: TransferCounters) -> Receiver:
+def _prefixes(base: Base, handoffs: HandoffTasks, context: SendContext, ledger: Ledger, arrivals: Arrivals) -> PrefixExchange:
+    timing, engine = base.spec.timing, base.thread.engine
+    counters = TransferCounters()
+
+    async def reach(point: str) -> None:
+        await base.failpoints.reach(point.replace("handoff.", "lend.").replace("import.", "fetch."))
+
+    feed = CacheFeed(base.thread, lambda: base.me.incarnation)
+    base.thread.hear_cache(feed.take)
+    fetches = PrefixFetches(here=arrivals.here, poll_inbox=base.poll_inbox, longest_wait_s=timing.progress_timeout_s / 2)
+    return PrefixExchange(
+        feed=feed,
+        fetches=fetches,
+        lendings=Lendings(
+            me=base.me,
+            engine=base.thread,
+            ledger=ledger,
+            context=replace(context, counters=counters, reach=reach),
+            channel=handoffs.channel,
+            fingerprint=fingerprint_of(engine.identity, engine.layout),
+        ),
+        receiver=PrefixReceiver(
+            port=base.thread,
+            hooks=fetches,
+            ledger=ledger,
+            counters=counters,
+            limits=_limits(base),
+            reach=reach,
+            authority=base.authority.of_kind(GrantKind.PREFIX),
+        ),
+        counters=counters,
+        speed=PrefillSpeed(),
+    )
+
+
+def _limits(base: Base) -> ReceiveLimits:
     timing = base.spec.timing
+    return ReceiveLimits(
+        window_bytes=window_bytes(base.spec),
+        progress_timeout_s=timing.progress_timeout_s,
+        remember_s=timing.kv_lease_s,
+    )
+
+
+def _receiver(base: Base, arrivals: Arrivals, ledger: Ledger, counters: TransferCounters) -> Receiver:
     return Receiver(
         port=base.thread,
         hooks=arrivals,
         ledger=ledger,
         counters=counters,
-        limits=ReceiveLimits(
-            window_bytes=window_bytes(base.spec),
-            progress_timeout_s=timing.progress_timeout_s,
-            remember_s=timing.kv_lease_s,
-        ),
+        limits=_limits(base),
         reach=base.failpoints.reach,
         authority=base.authority,
     )

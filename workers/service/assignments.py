@@ -82,6 +82,9 @@ class Assignment:
     is_move: bool = False  # it decodes at the peer and comes here
     chunks: int = 0
     cached_tokens: int = 0
+    fetched_tokens: int = 0  # of the prompt, from the cache of `fetch_source`
+    fetch_source: str = ""
+    fetch_s: float = 0.0
     capability: bytes = b""  # of the hand-off to the peer
     timeline: common.Timeline | None = None
     early: list[TokenOut] = field(default_factory=list)  # sampled here before Redis said that it may decode here

@@ -17,7 +17,7 @@ from workers.service.diagnosis import Diagnosis
 from workers.service.group import GroupHead
 from workers.service.kv_audit import KvAudit
 
-_SERVICES = ("", "autan.v1.Worker", "autan.v1.KvTransfer")
+_SERVICES = ("", "autan.v1.Worker", "autan.v1.KvTransfer", "autan.v1.PrefixTransfer")
 
 
 class KvTransferService(kv_pb2_grpc.KvTransferServicer):  # type: ignore[misc, unused-ignore]
@@ -38,8 +38,14 @@ class KvTransferService(kv_pb2_grpc.KvTransferServicer):  # type: ignore[misc, u
         return kv.CloseReply()
 
 
-def add_kv_transfer(service: KvTransferService, server: grpc.aio.Server) -> None:
-    """Registers autan.v1.KvTransfer with the codec of `push_codec` for the messages of Push."""
+def add_kv_transfers(handoffs: Receiver, prefixes: Receiver, server: grpc.aio.Server) -> None:
+    """Registers autan.v1.KvTransfer and autan.v1.PrefixTransfer, which differ in what is received."""
+    add_kv_transfer(KvTransferService(handoffs), server)
+    add_kv_transfer(KvTransferService(prefixes), server, "autan.v1.PrefixTransfer")
+
+
+def add_kv_transfer(service: KvTransferService, server: grpc.aio.Server, name: str = "autan.v1.KvTransfer") -> None:
+    """Registers a service with the codec of `push_codec` for the messages of Push."""
     handlers: dict[str, Any] = {
         "Open": grpc.unary_unary_rpc_method_handler(service.Open, kv.OpenRequest.FromString, kv.OpenReply.SerializeToString),
         "Push": grpc.stream_stream_rpc_method_handler(service.Push, decode_push, kv.PushReply.SerializeToString),
@@ -47,7 +53,7 @@ def add_kv_transfer(service: KvTransferService, server: grpc.aio.Server) -> None
             service.Close, kv.CloseRequest.FromString, kv.CloseReply.SerializeToString
         ),
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("autan.v1.KvTransfer", handlers),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc, unused-ignore]

@@ -1,19 +1,11 @@
 from protos.gen.autan.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class TransferKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    TRANSFER_KIND_HANDOFF: _ClassVar[TransferKind]
-    TRANSFER_KIND_PREFIX: _ClassVar[TransferKind]
-TRANSFER_KIND_HANDOFF: TransferKind
-TRANSFER_KIND_PREFIX: TransferKind
 
 class Capability(_message.Message):
     __slots__ = ("mac", "expires_at_ms", "most_blocks")
@@ -26,7 +18,7 @@ class Capability(_message.Message):
     def __init__(self, mac: _Optional[bytes] = ..., expires_at_ms: _Optional[int] = ..., most_blocks: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("request_id", "epoch", "source_instance", "source_incarnation", "target_instance", "target_incarnation", "fingerprint", "num_tokens", "num_blocks", "block_hashes", "layers_per_group", "capability", "deadline_s", "kind")
+    __slots__ = ("request_id", "epoch", "source_instance", "source_incarnation", "target_instance", "target_incarnation", "fingerprint", "num_tokens", "num_blocks", "block_hashes", "layers_per_group", "capability", "deadline_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -40,7 +32,6 @@ class OpenRequest(_message.Message):
     LAYERS_PER_GROUP_FIELD_NUMBER: _ClassVar[int]
     CAPABILITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
-    KIND_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
     source_instance: str
@@ -54,8 +45,7 @@ class OpenRequest(_message.Message):
     layers_per_group: int
     capability: Capability
     deadline_s: float
-    kind: TransferKind
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., source_instance: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., target_instance: _Optional[str] = ..., target_incarnation: _Optional[int] = ..., fingerprint: _Optional[_Union[_common_pb2.Fingerprint, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., layers_per_group: _Optional[int] = ..., capability: _Optional[_Union[Capability, _Mapping]] = ..., deadline_s: _Optional[float] = ..., kind: _Optional[_Union[TransferKind, str]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., source_instance: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., target_instance: _Optional[str] = ..., target_incarnation: _Optional[int] = ..., fingerprint: _Optional[_Union[_common_pb2.Fingerprint, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., layers_per_group: _Optional[int] = ..., capability: _Optional[_Union[Capability, _Mapping]] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class OpenReply(_message.Message):
     __slots__ = ("transfer_id", "credit_bytes", "first_block")

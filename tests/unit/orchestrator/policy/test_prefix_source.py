@@ -54,8 +54,8 @@ def test_the_longest_run_is_taken_and_the_last_token_is_left_to_compute() -> Non
         (having(a_request(prompt=160), decode_0=9), ["decode-0"], RULES, {"prefill_tokens_per_s": 1e5}),
     ],
     ids=[
-        "nobody has any", "too few", "most are here", "the holder is not in the view", "only the target has them", "switched off",
-        "a slow link", "a fast engine",
+        "nobody has any", "too few", "most are here", "the holder is not in the view", "only the target has them",
+        "switched off", "a slow link", "a fast engine",
     ],
 )  # fmt: skip
 def test_blocks_stay_where_moving_does_not_pay(
@@ -85,9 +85,7 @@ def test_of_equal_holders_the_idler_lends() -> None:
 
 
 def test_the_prefill_goes_where_the_least_is_left_to_compute() -> None:
-    loads = [
-        load_of(one) for one in (instance("prefill-0"), instance("prefill-1"), instance("prefill-2", prefill_tokens=300))
-    ]
+    loads = [load_of(one) for one in (instance("prefill-0"), instance("prefill-1"), instance("prefill-2", prefill_tokens=300))]
     pool = Board([*loads, load_of(instance("decode-0"))], True, PlacementRules()).candidates
 
     def chosen(request: QueuedRequest) -> str:
