@@ -50,10 +50,8 @@ _Key = tuple[RequestId, Epoch, int, str, int]
 class PrefixFacts:
     """Completes views. Follows the caches of the instances that the views show, until `close`."""
 
-    def __init__(
-        self, store: Store, options: Sequence[tuple[str, Any]] | None = None, index: PrefixIndex | None = None
-    ) -> None:
-        self.index = index or PrefixIndex()
+    def __init__(self, store: Store, options: Sequence[tuple[str, Any]] | None = None) -> None:
+        self.index = PrefixIndex()
         self.watch = CacheWatch(self.index, options)
         self._store = store
         self._names: OrderedDict[_Key, list[bytes]] = OrderedDict()

@@ -38,9 +38,8 @@ async def turn(
     world: WorkerWorld, tokens: list[int], p: str = "prefill-1", source: str = "decode-0", **options: Any
 ) -> Received:
     request = await world.submit(tokens, 4)
-    await world.assign(
-        request, p, "decode-0", source=source, blocks=options.pop("blocks", len(tokens) // BLOCK_TOKENS), **options
-    )
+    options.setdefault("blocks", len(tokens) // BLOCK_TOKENS)
+    await world.assign(request, p, "decode-0", source=source, **options)
     return await world.answered(request)
 
 
