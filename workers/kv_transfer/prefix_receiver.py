@@ -30,8 +30,8 @@ from workers.kv_transfer.ledger import Ledger
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.receiver import Receiver
 from workers.kv_transfer.reservation import Reservations
-from workers.kv_transfer.returns import Returns
-from workers.kv_transfer.transfer import Transfer
+from workers.kv_transfer.returns import ReceiverTasks, Returns
+from workers.kv_transfer.transfer import Transfer, TransferTable
 
 _UNWRITTEN = -1  # stands for a block that is here already: nothing is written to it
 
@@ -60,7 +60,8 @@ class PrefixReceiver(Receiver):
         super().__init__(
             port=port, hooks=hooks, ledger=ledger, counters=counters, limits=limits, reach=reach, authority=authority
         )
-        self._returns = _Returns(port, hooks, ledger, self._table, self._tasks)
+        self._kept: dict[tuple[str, int], int] = {}  # blocks of transfers that ended early, until `end`
+        self._returns = _Returns(port, hooks, ledger, self._table, self._tasks, self._kept)
         self._reservations = _Reservations(
             port=port, hooks=hooks, ledger=ledger, limits=limits, table=self._table, returns=self._returns
         )
@@ -78,13 +79,14 @@ class PrefixReceiver(Receiver):
         """Blocks that were brought and verified for a request so far."""
         transfer = self._table.of_request(request_id)
         if transfer is None or transfer.epoch != epoch:
-            return 0
+            return self._kept.get((request_id, epoch), 0)
         return _came(transfer)
 
     async def end(self, request_id: str, epoch: int, error: StaleEpoch) -> None:
         """Nothing more may come for the request at this epoch; what is verified stays. Returns when the engine knows."""
         self.abort_request(request_id, epoch, error)
         await self._returns.over(request_id)
+        self._kept.pop((request_id, epoch), None)
         self._authority.spend(request_id, epoch)
 
 
@@ -147,8 +149,21 @@ class _Commitments(Commitments):
 
 
 class _Returns(Returns):
+    def __init__(
+        self,
+        port: EnginePort,
+        hooks: ReceiverHooks,
+        ledger: Ledger,
+        table: TransferTable,
+        tasks: ReceiverTasks,
+        kept: dict[tuple[str, int], int],
+    ) -> None:
+        super().__init__(port, hooks, ledger, table, tasks)
+        self._kept = kept
+
     def _drop(self, transfer: Transfer) -> asyncio.Future[Any]:
         loan, count, is_over = _loan(transfer), _came(transfer), transfer.in_engine
+        self._kept[transfer.request_id, transfer.epoch] = count
         return self._port.call(lambda engine: None if is_over else engine.import_prefix_commit(loan.ticket_id, count))
 
 
