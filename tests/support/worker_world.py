@@ -227,7 +227,7 @@ class WorkerWorld:
         return request_id
 
     async def assign(
-        self, request_id: str, p: str, d: str, *, source: str = "", blocks: int = 0, wait_ms: int = 2_000, signed: bytes = b""
+        self, request_id: str, p: str, d: str, *, source: str = "", blocks: int = 0, wait_ms: int = 5_000, signed: bytes = b""
     ) -> int:
         """Places a queued request and returns its new epoch; `source` is to push its first `blocks` blocks to `p`."""
         view = await self.store.view()

@@ -46,6 +46,7 @@ class CacheFeed:
         self._news = asyncio.Event()
         self._subscribers = 0
         self._is_healing = False
+        self._is_closed = False
         self._tasks = TaskSet()
 
     def __len__(self) -> int:
@@ -86,7 +87,7 @@ class CacheFeed:
         self._subscribers += 1
         try:
             position = after_event if 0 < after_event <= self._last_event else None
-            while True:
+            while not self._is_closed:
                 news, at = self._news, position
                 if self._is_healing:
                     await self._wait(news)
@@ -105,7 +106,9 @@ class CacheFeed:
             self._subscribers -= 1
 
     async def close(self) -> None:
-        """Ends what runs in the background."""
+        """Ends every stream and what runs in the background."""
+        self._is_closed = True
+        self._tell()
         await self._tasks.cancel()
 
     def _check(self, incarnation: int) -> None:
@@ -116,7 +119,8 @@ class CacheFeed:
         with suppress(TimeoutError):
             async with asyncio.timeout(_LOOK_S):
                 await news.wait()
-            await asyncio.sleep(_COALESCE_S)
+            if not self._is_closed:
+                await asyncio.sleep(_COALESCE_S)
 
     def _is_behind(self, position: int) -> bool:
         """True when the event after `position` has happened and is not in the ring."""

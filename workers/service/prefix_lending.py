@@ -85,6 +85,7 @@ class Lendings:
     async def close(self) -> None:
         """Stops everything."""
         await self._tasks.cancel()
+        await self._tasks.settle()
 
     async def _lend(self, key: Key, entry: InboxEntry) -> None:
         try:
@@ -127,6 +128,9 @@ class Lendings:
             failed = error
             self._context.counters.handoffs_failed += 1
             logger.info("%s at epoch %d: its blocks did not go: %r", entry.request_id, entry.epoch, error)
+        except asyncio.CancelledError:
+            self._tasks.spawn(push.close("CANCELLED"))  # the target need not wait
+            raise
         finally:
             self._give_back(key, push, ticket)
         if failed is not None:

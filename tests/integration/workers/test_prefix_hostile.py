@@ -16,7 +16,7 @@ from protos.contract.capability import GRACE_MS, Grant, GrantKind, KeyFile, make
 from protos.rpc import error_of, kv_pb2_grpc, open_channel
 from protos.wire import fingerprint_key, kv
 from tests.support.store import FreshStore
-from tests.support.worker_world import BLOCK_TOKENS, WorkerWorld, prompt, until, worker_world
+from tests.support.worker_world import BLOCK_TOKENS, TIMING, WorkerWorld, prompt, until, worker_world
 from workers.engine_api.types import EngineRequest, SamplingParams
 from workers.kv_transfer.block_names import sequence_hashes
 from workers.kv_transfer.digest import DigestScope
@@ -38,7 +38,7 @@ class Attack:
         self.epoch = 0
         self.now_ms = 0
 
-    async def begin(self, wait_ms: int = 1_500) -> None:
+    async def begin(self, wait_ms: int) -> None:
         self.source.parts.prefixes.lendings.start = lambda entry: None  # type: ignore[method-assign]
         self.request_id = await self.world.submit(prompt(TOKENS), 3)
         self.now_ms = (await self.world.store.view()).now_ms
@@ -90,20 +90,25 @@ class Attack:
         assert self.target.engine.stats().used_blocks == 0
 
     async def answered(self, fetched: int = 0) -> None:
-        """The request is right all the same."""
+        """The request is right all the same. Whoever may, says first that nothing (more) comes."""
+        if self.target.parts.prefixes.fetches.is_expected(self.request_id, self.epoch):
+            async with open_channel(self.target.address) as channel:
+                stub: Any = kv_pb2_grpc.PrefixTransferStub(channel)
+                assert await stub.Open(self.open(blocks=0), timeout=5) == kv.OpenReply()
         got = await self.world.answered(self.request_id)
         assert got.timelines[-1].fetched_tokens == fetched * BLOCK_TOKENS
 
 
-def run(fresh: FreshStore, tmp_path: Path, scenario: Callable[[Attack], Awaitable[None]]) -> None:
+def run(fresh: FreshStore, tmp_path: Path, scenario: Callable[[Attack], Awaitable[None]], wait_ms: int = 30_000) -> None:
     async def whole() -> None:
         path = tmp_path / "handoff.keys"
         make_key_file(path)
         async with worker_world(fresh) as world:
-            await world.start_worker("prefill-0", "combined", handoff_keys_file=str(path))
+            patient = TIMING.model_copy(update={"progress_timeout_s": 30.0})
+            await world.start_worker("prefill-0", "combined", handoff_keys_file=str(path), timing=patient)
             await world.start_worker("decode-0", "decode", handoff_keys_file=str(path))
             attack = Attack(world, path)
-            await attack.begin()
+            await attack.begin(wait_ms)
             await scenario(attack)
             await world.clean()
 
@@ -227,7 +232,7 @@ def test_a_source_that_dies_while_it_pushes_costs_time_only(fresh_store: FreshSt
         async with open_channel(attack.target.address) as channel:
             stub: Any = kv_pb2_grpc.PrefixTransferStub(channel)
             await stub.Open(attack.open(), timeout=5)
-        await attack.answered()
+        await attack.world.answered(attack.request_id)
         assert dict(attack.target.parts.prefixes.fetches.failed) == {"TOO_LATE": 1}
 
-    run(fresh_store, tmp_path, scenario)
+    run(fresh_store, tmp_path, scenario, wait_ms=900)
