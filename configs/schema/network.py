@@ -26,14 +26,20 @@ class NetworkConfig(Section):
     `loopback` binds 127.0.0.1. `node` binds the address that Ray gives the node; an address outside 127.0.0.0/8 is
     refused without `insecure: true` until TLS exists. `advertise_host` is where workers on other nodes reach the
     orchestrator; by default the address of its own Ray node.
+
+    A hand-off pushes KV in messages of up to `frame_bytes`, over one connection for each full `stream_bytes` of the sequence
+    and at most `streams` of them; the receiver grants no more than its own `streams`. All of them share the credit of the
+    hand-off.
     """
 
     bind: Literal["loopback", "node"] = "loopback"
     advertise_host: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\[\]-]{1,253}$")] | None = None
     insecure: bool = False
     max_message_bytes: Bytes = 8 * 1024 * 1024
-    frame_bytes: Bytes = 512 * 1024
+    frame_bytes: Bytes = 1024 * 1024
     credit_bytes: Bytes = 32 * 1024 * 1024
+    streams: Annotated[int, Field(ge=1, le=16)] = 4
+    stream_bytes: Bytes = 16 * 1024 * 1024
     keepalive_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
     ping_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
 

@@ -11,6 +11,7 @@ from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.push_codec import DataFrame
+from workers.kv_transfer.stripe import Stripe
 from workers.kv_transfer.transfer import Transfer
 
 
@@ -21,17 +22,19 @@ class Placement:
         self._port = port
         self._counters = counters
 
-    def place(self, transfer: Transfer, frame: DataFrame) -> None:
-        """Checks credit, place and digest of one frame and writes its bytes.
+    def place(self, transfer: Transfer, stripe: Stripe, frame: DataFrame) -> None:
+        """Checks credit, place and digest of one frame of a stream and writes its bytes.
 
         Raises BadFrame or DigestMismatch, after either of which nothing of the transfer may be used.
         """
         if transfer.lifecycle.state is not ReceiveState.RECEIVING:
             raise BadFrame(f"{transfer.request_id}: a block after the end")
-        transfer.spend(len(frame.payload))
-        before = transfer.reassembly.verified_blocks
-        accepted = transfer.reassembly.accept(frame)
+        stripe.spend(len(frame.payload))
+        accepted = stripe.reassembly.accept(frame)
         block_id = transfer.ticket.block_ids[accepted.block_index]
         self._port.import_kv(block_id, accepted.group, accepted.offset_bytes, accepted.payload)
         self._counters.kv_bytes_received += len(accepted.payload)
-        self._counters.kv_blocks_received += transfer.reassembly.verified_blocks - before
+        if stripe.reassembly.next_block != accepted.block_index:
+            self._counters.kv_blocks_received += 1
+            if transfer.is_ending:
+                transfer.news.ring()

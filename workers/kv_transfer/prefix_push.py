@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import grpc.aio
-
 from protos.contract.block_hash import HASH_BYTES
 from protos.rpc import kv_pb2_grpc
 from protos.wire import kv
 from workers.kv_transfer.handoff_job import HandoffJob, SendContext
-from workers.kv_transfer.sender import Handoff
-
-_PUSH_METHOD = "/autan.v1.PrefixTransfer/Push"
+from workers.kv_transfer.sender import Handoff, StreamChannels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +27,12 @@ class PrefixJob(HandoffJob):
 class PrefixPush(Handoff):
     """One prefix on its way. Nobody becomes the holder of anything by it, so a lost commit is simply pushed again, once."""
 
-    def __init__(self, job: PrefixJob, channel: grpc.aio.Channel, context: SendContext) -> None:
-        super().__init__(job, channel, context)
+    push_method = "/autan.v1.PrefixTransfer/Push"
+
+    def __init__(self, job: PrefixJob, channels: StreamChannels, context: SendContext) -> None:
+        super().__init__(job, channels, context)
         make: Any = kv_pb2_grpc.PrefixTransferStub
-        self._stub = make(channel)
-        self._push_call = channel.stream_stream(
-            _PUSH_METHOD, request_serializer=None, response_deserializer=kv.PushReply.FromString
-        )
+        self._stub = make(channels(0))
 
     async def say_nothing_is_here(self, timeout_s: float) -> None:
         """Tells the target not to wait. Raises grpc.RpcError."""

@@ -31,6 +31,7 @@ from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.receiver import Receiver
 from workers.kv_transfer.reservation import Reservations
 from workers.kv_transfer.returns import ReceiverTasks, Returns
+from workers.kv_transfer.striping import leading_blocks
 from workers.kv_transfer.transfer import Transfer, TransferTable
 
 _UNWRITTEN = -1  # stands for a block that is here already: nothing is written to it
@@ -70,7 +71,8 @@ class PrefixReceiver(Receiver):
             hooks=hooks,
             ledger=ledger,
             authority=authority,
-            reach=reach,
+            reach=self._pass_by,
+            progress_timeout_s=limits.progress_timeout_s,
             returns=self._returns,
             tasks=self._tasks,
         )
@@ -168,7 +170,7 @@ class _Returns(Returns):
 
 
 def _came(transfer: Transfer) -> int:
-    return transfer.reassembly.verified_blocks - _loan(transfer).first_block
+    return min(leading_blocks(transfer.next_blocks), transfer.num_blocks) - _loan(transfer).first_block
 
 
 def _loan(transfer: Transfer) -> PrefixTicket:

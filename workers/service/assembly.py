@@ -212,6 +212,8 @@ def _handoffs(base: Base, ledger: Ledger, counters: TransferCounters) -> tuple[H
         holder_of=lambda request_id: while_store_is_away(lambda: store.holder_of(request_id), timing.lease_s),
         counters=counters,
         frame_bytes=base.spec.network.frame_bytes,
+        streams=base.spec.network.streams,
+        stream_bytes=base.spec.network.stream_bytes,
         progress_timeout_s=timing.progress_timeout_s,
         open_patience_s=timing.kv_lease_s,
         engine_alive=lambda: thread.stalled_s() < timing.progress_timeout_s,
@@ -245,7 +247,7 @@ def _moves(
         ledger=ledger,
         outbox=outbox,
         context=context,
-        channel=handoffs.channel,
+        channels=handoffs.channels,
         fingerprint=fingerprint_of(engine.identity, engine.layout),
         on_moved=on_moved,
         pause_patience_s=base.spec.timing.lease_s,
@@ -293,7 +295,7 @@ def _prefixes(base: Base, handoffs: HandoffTasks, context: SendContext, ledger: 
             engine=base.thread,
             ledger=ledger,
             context=replace(context, counters=counters, reach=reach),
-            channel=handoffs.channel,
+            channels=handoffs.channels,
             fingerprint=fingerprint_of(engine.identity, engine.layout),
         ),
         receiver=PrefixReceiver(
@@ -314,6 +316,7 @@ def _limits(base: Base) -> ReceiveLimits:
     timing = base.spec.timing
     return ReceiveLimits(
         window_bytes=window_bytes(base.spec),
+        streams=base.spec.network.streams,
         progress_timeout_s=timing.progress_timeout_s,
         remember_s=timing.kv_lease_s,
     )

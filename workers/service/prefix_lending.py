@@ -25,6 +25,7 @@ from workers.kv_transfer.handoff_job import Ending, SendContext
 from workers.kv_transfer.ledger import Entry, Key, Ledger, Side
 from workers.kv_transfer.lifecycle import SendState
 from workers.kv_transfer.prefix_push import PrefixJob, PrefixPush
+from workers.kv_transfer.sender import StreamChannels
 from workers.service.engine_thread import EngineThread
 from workers.service.membership import Membership
 from workers.service.request_spec import engine_request
@@ -49,14 +50,14 @@ class Lendings:
         engine: EngineThread,
         ledger: Ledger,
         context: SendContext,
-        channel: Callable[[str], grpc.aio.Channel],
+        channels: Callable[[str], StreamChannels],
         fingerprint: common.Fingerprint,
     ) -> None:
         self._me = me
         self._engine = engine
         self._ledger = ledger
         self._context = replace(context, open_patience_s=_OPEN_PATIENCE_S, on_progress=self._on_progress)
-        self._channel = channel
+        self._channels = channels
         self._fingerprint = fingerprint
         self._running: dict[Key, asyncio.Task[None]] = {}
         self._tasks = TaskSet()
@@ -171,7 +172,7 @@ class Lendings:
             capability=entry.capability,
             blocks=blocks,
         )
-        return PrefixPush(job, self._channel(entry.peer_address), self._context)
+        return PrefixPush(job, self._channels(entry.peer_address), self._context)
 
     def _note(self, key: Key, push: PrefixPush) -> None:
         self._ledger.open(

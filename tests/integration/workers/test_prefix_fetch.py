@@ -177,7 +177,7 @@ def test_cancel_at_every_stage_frees_everything(fresh_store: FreshStore, where: 
                 await asyncio.sleep(0.2)
 
         object.__setattr__(world.hosts["decode-0"].parts.prefixes.lendings._context, "reach", reach)
-        world.hosts["prefill-1"].parts.prefixes.receiver._commitments._reach = reach
+        world.hosts["prefill-1"].parts.prefixes.receiver._reach = reach
         request = await world.submit(before, 4)
         await world.assign(request, "prefill-1", "decode-0", source="decode-0", blocks=8)
         await reached.wait()

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.gen.autan.v1 import common_pb2 as autan_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x61utan/v1/kv.proto\x12\x08\x61utan.v1\x1a\x15\x61utan/v1/common.proto\"E\n\nCapability\x12\x0b\n\x03mac\x18\x01 \x01(\x0c\x12\x15\n\rexpires_at_ms\x18\x02 \x01(\x03\x12\x13\n\x0bmost_blocks\x18\x03 \x01(\r\"\xdc\x02\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x17\n\x0fsource_instance\x18\x03 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x04 \x01(\x04\x12\x17\n\x0ftarget_instance\x18\x05 \x01(\t\x12\x1a\n\x12target_incarnation\x18\x06 \x01(\x04\x12*\n\x0b\x66ingerprint\x18\x07 \x01(\x0b\x32\x15.autan.v1.Fingerprint\x12\x12\n\nnum_tokens\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\n \x01(\x0c\x12\x18\n\x10layers_per_group\x18\x0b \x01(\r\x12(\n\ncapability\x18\x0c \x01(\x0b\x32\x14.autan.v1.Capability\x12\x12\n\ndeadline_s\x18\r \x01(\x01\"K\n\tOpenReply\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63redit_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\"\xa4\x01\n\tPushFrame\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12$\n\x04\x64\x61ta\x18\x03 \x01(\x0b\x32\x14.autan.v1.BlockFrameH\x00\x12!\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x12.autan.v1.EndFrameH\x00\x12\"\n\x04more\x18\x05 \x03(\x0b\x32\x14.autan.v1.BlockFrameB\x06\n\x04\x62ody\"m\n\nBlockFrame\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12\x13\n\x0blayer_group\x18\x02 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\r\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\"\xb4\x01\n\x08\x45ndFrame\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x16\n\x0enext_token_ids\x18\x02 \x01(\x0c\x12\x1a\n\x12\x66irst_output_index\x18\x03 \x01(\r\x12$\n\x08timeline\x18\x04 \x01(\x0b\x32\x12.autan.v1.Timeline\x12\x17\n\x0fsince_prefill_s\x18\x05 \x01(\x01\x12\x15\n\rnext_logprobs\x18\x08 \x03(\x0cJ\x04\x08\x06\x10\x07J\x04\x08\x07\x10\x08\"z\n\tPushReply\x12\x14\n\x0c\x63redit_bytes\x18\x01 \x01(\x04\x12\"\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x10.autan.v1.CommitH\x00\x12(\n\x07refused\x18\x03 \x01(\x0b\x32\x15.autan.v1.ErrorDetailH\x00\x42\t\n\x07outcome\"\'\n\x06\x43ommit\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"V\n\x0c\x43loseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x0c\n\nCloseReply2\xad\x01\n\nKvTransfer\x12\x32\n\x04Open\x12\x15.autan.v1.OpenRequest\x1a\x13.autan.v1.OpenReply\x12\x34\n\x04Push\x12\x13.autan.v1.PushFrame\x1a\x13.autan.v1.PushReply(\x01\x30\x01\x12\x35\n\x05\x43lose\x12\x16.autan.v1.CloseRequest\x1a\x14.autan.v1.CloseReply2\xb1\x01\n\x0ePrefixTransfer\x12\x32\n\x04Open\x12\x15.autan.v1.OpenRequest\x1a\x13.autan.v1.OpenReply\x12\x34\n\x04Push\x12\x13.autan.v1.PushFrame\x1a\x13.autan.v1.PushReply(\x01\x30\x01\x12\x35\n\x05\x43lose\x12\x16.autan.v1.CloseRequest\x1a\x14.autan.v1.CloseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x61utan/v1/kv.proto\x12\x08\x61utan.v1\x1a\x15\x61utan/v1/common.proto\"E\n\nCapability\x12\x0b\n\x03mac\x18\x01 \x01(\x0c\x12\x15\n\rexpires_at_ms\x18\x02 \x01(\x03\x12\x13\n\x0bmost_blocks\x18\x03 \x01(\r\"\xed\x02\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x17\n\x0fsource_instance\x18\x03 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x04 \x01(\x04\x12\x17\n\x0ftarget_instance\x18\x05 \x01(\t\x12\x1a\n\x12target_incarnation\x18\x06 \x01(\x04\x12*\n\x0b\x66ingerprint\x18\x07 \x01(\x0b\x32\x15.autan.v1.Fingerprint\x12\x12\n\nnum_tokens\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\n \x01(\x0c\x12\x18\n\x10layers_per_group\x18\x0b \x01(\r\x12(\n\ncapability\x18\x0c \x01(\x0b\x32\x14.autan.v1.Capability\x12\x12\n\ndeadline_s\x18\r \x01(\x01\x12\x0f\n\x07streams\x18\x0e \x01(\r\"`\n\tOpenReply\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63redit_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x13\n\x0bnext_blocks\x18\x04 \x03(\r\"\xb4\x01\n\tPushFrame\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12$\n\x04\x64\x61ta\x18\x03 \x01(\x0b\x32\x14.autan.v1.BlockFrameH\x00\x12!\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x12.autan.v1.EndFrameH\x00\x12\"\n\x04more\x18\x05 \x03(\x0b\x32\x14.autan.v1.BlockFrame\x12\x0e\n\x06stream\x18\x06 \x01(\rB\x06\n\x04\x62ody\"m\n\nBlockFrame\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12\x13\n\x0blayer_group\x18\x02 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\r\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\"\xb4\x01\n\x08\x45ndFrame\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x16\n\x0enext_token_ids\x18\x02 \x01(\x0c\x12\x1a\n\x12\x66irst_output_index\x18\x03 \x01(\r\x12$\n\x08timeline\x18\x04 \x01(\x0b\x32\x12.autan.v1.Timeline\x12\x17\n\x0fsince_prefill_s\x18\x05 \x01(\x01\x12\x15\n\rnext_logprobs\x18\x08 \x03(\x0cJ\x04\x08\x06\x10\x07J\x04\x08\x07\x10\x08\"z\n\tPushReply\x12\x14\n\x0c\x63redit_bytes\x18\x01 \x01(\x04\x12\"\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x10.autan.v1.CommitH\x00\x12(\n\x07refused\x18\x03 \x01(\x0b\x32\x15.autan.v1.ErrorDetailH\x00\x42\t\n\x07outcome\"\'\n\x06\x43ommit\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"V\n\x0c\x43loseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x0c\n\nCloseReply2\xad\x01\n\nKvTransfer\x12\x32\n\x04Open\x12\x15.autan.v1.OpenRequest\x1a\x13.autan.v1.OpenReply\x12\x34\n\x04Push\x12\x13.autan.v1.PushFrame\x1a\x13.autan.v1.PushReply(\x01\x30\x01\x12\x35\n\x05\x43lose\x12\x16.autan.v1.CloseRequest\x1a\x14.autan.v1.CloseReply2\xb1\x01\n\x0ePrefixTransfer\x12\x32\n\x04Open\x12\x15.autan.v1.OpenRequest\x1a\x13.autan.v1.OpenReply\x12\x34\n\x04Push\x12\x13.autan.v1.PushFrame\x1a\x13.autan.v1.PushReply(\x01\x30\x01\x12\x35\n\x05\x43lose\x12\x16.autan.v1.CloseRequest\x1a\x14.autan.v1.CloseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,25 +35,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CAPABILITY']._serialized_start=54
   _globals['_CAPABILITY']._serialized_end=123
   _globals['_OPENREQUEST']._serialized_start=126
-  _globals['_OPENREQUEST']._serialized_end=474
-  _globals['_OPENREPLY']._serialized_start=476
-  _globals['_OPENREPLY']._serialized_end=551
-  _globals['_PUSHFRAME']._serialized_start=554
-  _globals['_PUSHFRAME']._serialized_end=718
-  _globals['_BLOCKFRAME']._serialized_start=720
-  _globals['_BLOCKFRAME']._serialized_end=829
-  _globals['_ENDFRAME']._serialized_start=832
-  _globals['_ENDFRAME']._serialized_end=1012
-  _globals['_PUSHREPLY']._serialized_start=1014
-  _globals['_PUSHREPLY']._serialized_end=1136
-  _globals['_COMMIT']._serialized_start=1138
-  _globals['_COMMIT']._serialized_end=1177
-  _globals['_CLOSEREQUEST']._serialized_start=1179
-  _globals['_CLOSEREQUEST']._serialized_end=1265
-  _globals['_CLOSEREPLY']._serialized_start=1267
-  _globals['_CLOSEREPLY']._serialized_end=1279
-  _globals['_KVTRANSFER']._serialized_start=1282
-  _globals['_KVTRANSFER']._serialized_end=1455
-  _globals['_PREFIXTRANSFER']._serialized_start=1458
-  _globals['_PREFIXTRANSFER']._serialized_end=1635
+  _globals['_OPENREQUEST']._serialized_end=491
+  _globals['_OPENREPLY']._serialized_start=493
+  _globals['_OPENREPLY']._serialized_end=589
+  _globals['_PUSHFRAME']._serialized_start=592
+  _globals['_PUSHFRAME']._serialized_end=772
+  _globals['_BLOCKFRAME']._serialized_start=774
+  _globals['_BLOCKFRAME']._serialized_end=883
+  _globals['_ENDFRAME']._serialized_start=886
+  _globals['_ENDFRAME']._serialized_end=1066
+  _globals['_PUSHREPLY']._serialized_start=1068
+  _globals['_PUSHREPLY']._serialized_end=1190
+  _globals['_COMMIT']._serialized_start=1192
+  _globals['_COMMIT']._serialized_end=1231
+  _globals['_CLOSEREQUEST']._serialized_start=1233
+  _globals['_CLOSEREQUEST']._serialized_end=1319
+  _globals['_CLOSEREPLY']._serialized_start=1321
+  _globals['_CLOSEREPLY']._serialized_end=1333
+  _globals['_KVTRANSFER']._serialized_start=1336
+  _globals['_KVTRANSFER']._serialized_end=1509
+  _globals['_PREFIXTRANSFER']._serialized_start=1512
+  _globals['_PREFIXTRANSFER']._serialized_end=1689
 # @@protoc_insertion_point(module_scope)
