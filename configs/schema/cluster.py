@@ -77,6 +77,18 @@ class RebalanceConfig(Section):
     min_left_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 64
 
 
+class PrefixFetchConfig(Section):
+    """When a prompt's first KV blocks come from the cache of another instance instead of being computed again.
+
+    Moving `min_blocks` or more must be predicted, at `link_bytes_per_s`, to be faster than computing them by `margin`.
+    """
+
+    enabled: bool = True
+    min_blocks: Annotated[int, Field(ge=1, le=4096)] = 4
+    link_bytes_per_s: Annotated[float, Field(gt=0, le=1e12)] = 400e6
+    margin: Annotated[float, Field(ge=1, le=100)] = 1.5
+
+
 class SchedulingConfig(Section):
     """Bounds of the queue and of retries."""
 
@@ -86,6 +98,7 @@ class SchedulingConfig(Section):
     batch_requests: Annotated[int, Field(ge=1, le=64)] = 32
     local_prefill_without_prefill_pool: bool = True
     rebalance: RebalanceConfig = RebalanceConfig()
+    prefix_fetch: PrefixFetchConfig = PrefixFetchConfig()
 
 
 class ClusterConfig(Section):

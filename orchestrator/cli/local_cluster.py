@@ -22,10 +22,11 @@ from orchestrator.ingress.moving import SignMove
 from orchestrator.ingress.parts import IngressSettings
 from orchestrator.ingress.server import IngressServer
 from orchestrator.ingress.tasks import end_tasks
-from orchestrator.runtime.capabilities import move_signer, signer
+from orchestrator.runtime.capabilities import move_signer, prefix_signer, signer
 from orchestrator.runtime.fleet import Fleet
 from orchestrator.runtime.launcher import Launcher
 from orchestrator.runtime.loop import CoreLoop, settings_of
+from orchestrator.runtime.prefix_facts import PrefixFacts
 from orchestrator.runtime.run_dir import RunDir
 from orchestrator.store.client import Store
 from orchestrator.store.embedded import EmbeddedValkey, socket_path
@@ -115,7 +116,15 @@ class LocalCluster:
         sign_move = move_signer(lambda: key_file.keys)
         await self._start_ingress(load_served_model(config.model.name, card, self.model_dir), node_address, sign_move)
         sign = signer(lambda: key_file.keys)
-        self.core = CoreLoop(self.store, settings_of(config), f"core-{secrets.token_hex(4)}", sign=sign, sign_move=sign_move)
+        self.core = CoreLoop(
+            self.store,
+            settings_of(config),
+            f"core-{secrets.token_hex(4)}",
+            sign=sign,
+            sign_move=sign_move,
+            sign_prefix=prefix_signer(lambda: key_file.keys),
+            prefixes=PrefixFacts(self.store, self.ingress.to_workers),
+        )
         self._run("core", self.core.run())
         self.fleet = Fleet(
             config,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -45,6 +47,7 @@ def instance_json(one: admin.InstanceStatus) -> dict[str, Any]:
             "leaked": one.stats.leaked_blocks,
         },
         "counters": counters(one.stats),
+        "fetches_failed": {reason: int(count) for reason, count in sorted(one.stats.fetches_failed.items())},
         "expert_visits": list(one.stats.expert_visits),
         "apart_from": one.apart_from or None,
         "differing": list(one.differing),
@@ -76,6 +79,19 @@ def kv_note(reply: admin.StatusReply) -> str:
     if "kv_compression_fp8" in reply.counters:
         return "network.kv_compression is fp8: tokens may differ from those of one instance alone"
     return ""
+
+
+def fetches_text(stats: Sequence[common.InstanceStats]) -> str:
+    """What came from the caches of other instances, in one line; empty when nothing was to come."""
+    failed: Counter[str] = Counter()
+    for one in stats:
+        failed.update(one.fetches_failed)
+    fetches = sum(one.fetches for one in stats)
+    if not fetches and not failed:
+        return ""
+    blocks, size = sum(one.fetched_blocks for one in stats), sum(one.fetched_bytes for one in stats)
+    why = "".join(f", {count} x {reason}" for reason, count in sorted(failed.items()))
+    return f"fetched prefixes: {fetches} prompts, {blocks} blocks, {size / 1e6:.1f} MB; failed: {failed.total()}{why}"
 
 
 def status_json(reply: admin.StatusReply) -> dict[str, Any]:
@@ -135,6 +151,9 @@ def status(cluster: Cluster = None, timeout: Timeout = 10.0, as_json: Json = Fal
         stdout.print(
             f"moves: {reply.moves_begun} begun, {reply.moves_done} done, {reply.moves_stayed} stayed{why}", markup=False
         )
+    fetched = fetches_text([one.stats for one in reply.instances])
+    if fetched:
+        stdout.print(fetched, markup=False)
     for one in reply.instances:
         if one.apart_from:
             text = f"{one.instance_id} gets no work: it differs from {one.apart_from}: {'; '.join(one.differing)}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from orchestrator.domain.ids import Epoch, Incarnation, InstanceId, LeaderEpoch, RequestId
 from orchestrator.policy.placement import WaitReason
+from orchestrator.policy.prefix_source import PrefixSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Assignment:
     decode_blocks: int
     block_bytes: int = 0  # KV bytes of one block over all layers; 0: not known
     deadline_ms: int = 0  # of the request, on the clock of Redis
+    prefix: PrefixSource | None = None  # who pushes cached blocks to the prefill instance first
 
 
 @dataclass(frozen=True, slots=True)

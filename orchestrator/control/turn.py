@@ -19,6 +19,7 @@ from orchestrator.domain.view import ClusterView, QueuedRequest
 from orchestrator.policy.admission import has_decode_room, has_prefill_room
 from orchestrator.policy.load import Load
 from orchestrator.policy.placement import NOBODY, Placement, WaitReason, place, shortest_wait
+from orchestrator.policy.prefix_source import choose_source
 
 _MAX_REFUSALS = 8
 
@@ -122,6 +123,7 @@ class _Turn:
             placement.decode_blocks,
             target.capabilities.block_bytes if target.capabilities is not None else 0,
             request.deadline_ms,
+            choose_source(request, board[placement.prefill], self.view.instances, self.settings.rules.prefix, self.view.now_ms),
         )
         board.charge(request, placement)
         self.assignments.append((assignment, request.prefill_tokens))

@@ -93,6 +93,7 @@ class Capabilities:
     max_batch_tokens: int  # token budget of one engine step
     max_running: int  # sequences in one engine step
     block_bytes: int = 0  # KV bytes of one block over all layers
+    weights_digest: str = ""  # the names of cached blocks depend on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +116,7 @@ class InstanceView:
     moves_in: int = 0  # moves of running requests that are open
     moves_out: int = 0
     preemptions: int = 0  # since this incarnation started, as its last heartbeat has it
+    prefill_tokens_per_s: float = 0.0  # as its last heartbeat has it; 0: it has computed no prompt yet
 
     @property
     def takes_work(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.domain.ids import Epoch, RequestId
+from orchestrator.domain.ids import Epoch, InstanceId, RequestId
 from orchestrator.domain.instance import InstanceView
 
 
@@ -23,6 +23,11 @@ class QueuedRequest:
     tenant: str
     model: str
     attempts: int
+    cached: tuple[tuple[InstanceId, int], ...] = ()  # who has leading full blocks of its tokens, and how many; each once
+
+    def cached_blocks(self, instance_id: InstanceId) -> int:
+        """Leading full blocks that the instance has in its cache, as far as is known."""
+        return next((blocks for name, blocks in self.cached if name == instance_id), 0)
 
     @property
     def prefill_tokens(self) -> int:

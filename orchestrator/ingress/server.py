@@ -25,7 +25,7 @@ from orchestrator.ingress.tasks import end_tasks
 from orchestrator.store.client import Store
 from protos.contract.errors import AutanError
 from protos.health import HealthServicer
-from protos.rpc import GuardInterceptor, admin_pb2_grpc, inference_pb2_grpc, server_options, tokens_pb2_grpc
+from protos.rpc import Dialer, GuardInterceptor, admin_pb2_grpc, inference_pb2_grpc, server_options, tokens_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class IngressServer:
         self.address = ""
         self.local_address = ""  # where commands on this machine connect: `address`, or the unix socket beside it
         self.sink_address = ""
+        self.to_workers = Dialer()  # how this process reaches workers, once started
 
     @property
     def parts(self) -> Parts:
@@ -93,6 +94,7 @@ class IngressServer:
         config = self._settings.config
         authorise = Authoriser() if config.keys_file is None else load_keys(Path(config.keys_file))
         security = security_of(self._store.cluster, self._network, config)
+        self.to_workers = security.to_workers
         has_tls = security.clients.credentials is not None
         address = check_exposure(
             config.address, has_keys=config.keys_file is not None, has_tls=has_tls, insecure=self._network.insecure

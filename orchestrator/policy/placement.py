@@ -21,6 +21,7 @@ from orchestrator.policy.admission import (
     has_prefill_room,
 )
 from orchestrator.policy.load import Load, prefill_blocks, whole_blocks
+from orchestrator.policy.prefix_source import PrefixRules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class PlacementRules:
 
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     local_prefill: bool = True  # a decode instance prefills while no prefill instance is READY
+    prefix: PrefixRules = field(default_factory=PrefixRules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,18 @@ def decode_score(load: Load) -> tuple[float, int, str]:
 NOBODY: frozenset[InstanceId] = frozenset()
 
 
+def tokens_before_first(request: QueuedRequest, load: Load) -> int:
+    """Less is better: tokens to compute there until the request's first one, but for those that any instance computes."""
+    return load.prefill_tokens - request.cached_blocks(load.instance.instance_id) * load.capabilities.block_tokens
+
+
+def _soonest_first(request: QueuedRequest, loads: Sequence[Load]) -> Sequence[Load]:
+    """By tokens to compute; the order of `loads`, which is that of the tokens waiting, decides between equals."""
+    if not request.cached:
+        return loads
+    return sorted(loads, key=lambda load: tokens_before_first(request, load))
+
+
 def place(
     request: QueuedRequest,
     candidates: Candidates,
@@ -88,19 +102,20 @@ def place(
 ) -> Placement | WaitReason:
     """The best pair that has room now and is not barred, or why there is none.
 
-    Doing both on one instance wins when no more tokens wait there than on the best prefill instance: it saves the hand-off.
+    Doing both on one instance wins when no more tokens are to be computed there than on the best prefill instance: it saves
+    the hand-off.
     """
     limits = rules.admission
     local = next(
         (
             load
-            for load in candidates.local
+            for load in _soonest_first(request, candidates.local)
             if has_local_room(request, load, limits) and could_decode(request, load) and load.instance.instance_id not in barred
         ),
         None,
     )
     split = _best_pair(request, candidates, limits, barred)
-    if split is not None and (local is None or split[0].prefill_tokens < local.prefill_tokens):
+    if split is not None and (local is None or tokens_before_first(request, split[0]) < tokens_before_first(request, local)):
         source, target = split
         return Placement(
             source.instance.instance_id,
@@ -127,7 +142,7 @@ def _best_pair(
     def receives(load: Load) -> bool:
         return has_decode_room(request, load) and could_decode(request, load) and load.instance.instance_id not in barred
 
-    return _first_pair(filter(sends, candidates.prefill), candidates.decode, receives)
+    return _first_pair(filter(sends, _soonest_first(request, candidates.prefill)), candidates.decode, receives)
 
 
 def _first_pair(sources: Iterable[Load], targets: Sequence[Load], receives: Callable[[Load], bool]) -> tuple[Load, Load] | None:

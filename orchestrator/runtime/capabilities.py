@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator.control.effects import Assignment, Moved
-from protos.contract.capability import Grant, Keyring, expiry_ms
+from protos.contract.capability import Grant, GrantKind, Keyring, expiry_ms
 from protos.wire import kv
 
 Sign = Callable[[Assignment], bytes]
@@ -57,6 +57,31 @@ def signer(keys: Callable[[], Keyring]) -> Sign:
             expires_at_ms=expiry_ms(item.deadline_ms),
         )
         capability = kv.Capability(mac=keys().sign(grant), expires_at_ms=grant.expires_at_ms)
+        return capability.SerializeToString(deterministic=True)
+
+    return sign
+
+
+def prefix_signer(keys: Callable[[], Keyring]) -> Sign:
+    """Signs what the source of an assignment's prefix may push: at most the blocks that the core counted on."""
+
+    def sign(item: Assignment) -> bytes:
+        source = item.prefix
+        if source is None:
+            return b""
+        grant = Grant(
+            kind=GrantKind.PREFIX,
+            request_id=item.request_id,
+            epoch=item.expected_epoch + 1,
+            source_instance=source.instance_id,
+            source_incarnation=source.incarnation,
+            target_instance=item.prefill,
+            target_incarnation=item.prefill_incarnation,
+            blocks=source.blocks,
+            kv_bytes=source.blocks * item.block_bytes,
+            expires_at_ms=expiry_ms(item.deadline_ms),
+        )
+        capability = kv.Capability(mac=keys().sign(grant), expires_at_ms=grant.expires_at_ms, most_blocks=grant.blocks)
         return capability.SerializeToString(deterministic=True)
 
     return sign

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.control import effects as do
@@ -24,11 +25,17 @@ logger = logging.getLogger(__name__)
 
 
 async def carry_out(
-    effect: Effect, store: Store, candidate_id: str, sign: Sign = unsigned, sign_move: SignMove = unsigned_move
+    effect: Effect,
+    store: Store,
+    candidate_id: str,
+    sign: Sign = unsigned,
+    sign_move: SignMove = unsigned_move,
+    sign_prefix: Sign = unsigned,
 ) -> Event:
     """Does what the effect says, once, and returns its outcome; a store that does not answer is the outcome StoreLost.
 
-    `sign` makes the capability of each hand-off that is assigned, `sign_move` that of each move.
+    `sign` makes the capability of each hand-off that is assigned, `sign_prefix` that of each push of cached blocks before it,
+    `sign_move` that of each move.
 
     Raises TypeError for an effect that has no answer or is none, and lets the library's refusals (InternalError) and
     wrong credentials (ConfigError) through: neither goes away by trying again.
@@ -36,7 +43,7 @@ async def carry_out(
     handler = _HANDLERS.get(type(effect))
     try:
         if isinstance(effect, do.Assign):
-            return await _assign(effect, store, candidate_id, sign)
+            return await _assign(effect, store, candidate_id, sign, sign_prefix)
         if isinstance(effect, do.Migrate):
             return await _migrate(effect, store, candidate_id, sign_move)
         if handler is None:
@@ -60,21 +67,33 @@ async def _read_view(effect: do.ReadView, store: Store, _candidate_id: str) -> E
     return on.ViewRead(effect.number, cluster_view(await store.view(effect.queue_limit)))
 
 
-async def _assign(effect: do.Assign, store: Store, candidate_id: str, sign: Sign) -> Event:
-    placements = [
-        Placement(
-            item.request_id,
-            item.expected_epoch,
-            item.prefill,
-            item.prefill_incarnation,
-            item.decode,
-            item.decode_incarnation,
-            item.prefill_blocks,
-            item.decode_blocks,
-            sign(item),
-        )
-        for item in effect.items
-    ]
+def _placement(item: do.Assignment, sign: Sign, sign_prefix: Sign) -> Placement:
+    placement = Placement(
+        item.request_id,
+        item.expected_epoch,
+        item.prefill,
+        item.prefill_incarnation,
+        item.decode,
+        item.decode_incarnation,
+        item.prefill_blocks,
+        item.decode_blocks,
+        sign(item),
+    )
+    source = item.prefix
+    if source is None:
+        return placement
+    return replace(
+        placement,
+        s_inst=source.instance_id,
+        s_inc=source.incarnation,
+        s_blocks=source.blocks,
+        s_wait_ms=source.wait_ms,
+        s_capability=sign_prefix(item),
+    )
+
+
+async def _assign(effect: do.Assign, store: Store, candidate_id: str, sign: Sign, sign_prefix: Sign) -> Event:
+    placements = [_placement(item, sign, sign_prefix) for item in effect.items]
     try:
         outcomes = await store.assign(candidate_id, effect.epoch, effect.lease_ms, placements)
     except NotLeader:

@@ -23,9 +23,11 @@ from orchestrator.control.settings import CoreSettings
 from orchestrator.control.story import Recorder, story
 from orchestrator.domain.clock import Clock, SystemClock
 from orchestrator.policy.placement import PlacementRules
+from orchestrator.policy.prefix_source import PrefixRules
 from orchestrator.policy.rebalance import RebalanceRules
 from orchestrator.runtime.capabilities import Sign, SignMove, unsigned, unsigned_move
 from orchestrator.runtime.effects import carry_out
+from orchestrator.runtime.prefix_facts import PrefixFacts
 from orchestrator.store.client import Store
 from protos.contract.redis_names import core_channel
 
@@ -39,7 +41,10 @@ def settings_of(config: ClusterConfig) -> CoreSettings:
     """What the cluster file says about deciding."""
     timing, scheduling = config.timing, config.scheduling
     return CoreSettings(
-        rules=PlacementRules(local_prefill=scheduling.local_prefill_without_prefill_pool),
+        rules=PlacementRules(
+            local_prefill=scheduling.local_prefill_without_prefill_pool,
+            prefix=PrefixRules(**scheduling.prefix_fetch.model_dump()),
+        ),
         rebalance=RebalanceRules(**scheduling.rebalance.model_dump(), max_migrations=scheduling.max_migrations),
         leader_lease_s=timing.leader_lease_s,
         lease_s=timing.lease_s,
@@ -66,11 +71,15 @@ class CoreLoop:
         recorder: Recorder | None = None,
         sign: Sign = unsigned,
         sign_move: SignMove = unsigned_move,
+        sign_prefix: Sign = unsigned,
+        prefixes: PrefixFacts | None = None,
     ) -> None:
         self._store = store
         self._candidate_id = candidate_id
         self._sign = sign
         self._sign_move = sign_move
+        self._sign_prefix = sign_prefix
+        self._prefixes = prefixes
         self._clock = clock or SystemClock()
         self._core = OrchestratorCore(settings, self._clock.now_s())
         self._recorder = recorder or Recorder()
@@ -100,11 +109,15 @@ class CoreLoop:
 
         Raises an ExceptionGroup for what no waiting helps against: a library of another version, wrong credentials, a bug.
         """
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen(), name="core-hints")
-            while True:
-                for event in await self._next_events():
-                    self._turn(event, tasks)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._listen(), name="core-hints")
+                while True:
+                    for event in await self._next_events():
+                        self._turn(event, tasks)
+        finally:
+            if self._prefixes is not None:
+                await self._prefixes.close()
 
     async def _next_events(self) -> list[Event]:
         """What happened since, at most one turn's worth; waits for something to happen or for the time that the core set."""
@@ -138,7 +151,9 @@ class CoreLoop:
 
     async def _carry_out(self, effect: Effect) -> None:
         async with self._calls:
-            event = await carry_out(effect, self._store, self._candidate_id, self._sign, self._sign_move)
+            event = await carry_out(effect, self._store, self._candidate_id, self._sign, self._sign_move, self._sign_prefix)
+            if isinstance(event, on.ViewRead) and self._prefixes is not None:
+                event = on.ViewRead(event.number, await self._prefixes.complete(event.view))
         is_away = isinstance(event, on.StoreLost)
         if self._is_store_away and not is_away:
             self._events.append(on.StoreBack())

@@ -206,6 +206,15 @@ class Store:
             cursor.number(), cursor.number(), cursor.many(decode.queued_record), cursor.many(decode.instance_record)
         )
 
+    async def prompts(self, request_ids: Sequence[str]) -> list[tuple[bytes, bytes]]:
+        """Spec and journal of each request, in order; two empty values for one that is not QUEUED, or that was too much."""
+        found: list[tuple[bytes, bytes]] = []
+        for part in chunks(request_ids, LOOK_BATCH):
+            cursor = await self._call(Fn.PROMPTS, len(part), *part)
+            cursor.code()
+            found += [(cursor.blob(), cursor.blob()) for _ in part]
+        return found
+
     async def assign(
         self, leader_id: str, leader_epoch: int, lease_ms: int, placements: Sequence[replies.Placement]
     ) -> list[replies.AssignOutcome]:
@@ -216,6 +225,7 @@ class Store:
             for at in part:
                 arguments += (at.request_id, at.expected_epoch, at.p_inst, at.p_inc, at.d_inst, at.d_inc)
                 arguments += (at.p_blocks, at.d_blocks, at.capability)
+                arguments += (at.s_inst, at.s_inc, at.s_blocks, at.s_wait_ms, at.s_capability)
             cursor = await self._call(Fn.ASSIGN, *arguments)
             cursor.leading_code()
             outcomes += [replies.AssignOutcome(cursor.code(), cursor.number()) for _ in part]

@@ -175,6 +175,11 @@ class Placement:
     p_blocks: int
     d_blocks: int
     capability: bytes = b""  # of the hand-off, for the prefill instance to show
+    s_inst: str = ""  # pushes the first s_blocks full blocks to the prefill instance; nobody when empty
+    s_inc: int = 0
+    s_blocks: int = 0
+    s_wait_ms: int = 0
+    s_capability: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from math import isfinite
 
 from google.protobuf.message import DecodeError
 
@@ -64,16 +65,20 @@ def _instance(record: InstanceRecord) -> InstanceView | None:
         capabilities=capabilities(record.card),
         moves_in=max(0, record.m_in),
         moves_out=max(0, record.m_out),
-        preemptions=_preemptions(record.stats),
+        preemptions=_reported(record.stats)[0],
+        prefill_tokens_per_s=_reported(record.stats)[1],
     )
 
 
 @lru_cache(maxsize=4096)
-def _preemptions(stats: bytes) -> int:
+def _reported(stats: bytes) -> tuple[int, float]:
+    """Preemptions and prefill speed; zeros for bytes that are no statistics."""
     try:
-        return int(wire.common.InstanceStats.FromString(stats).preemptions)
+        parsed = wire.common.InstanceStats.FromString(stats)
     except DecodeError:
-        return 0
+        return 0, 0.0
+    speed = parsed.prefill_tokens_per_s
+    return int(parsed.preemptions), speed if isfinite(speed) and speed > 0 else 0.0
 
 
 @lru_cache(maxsize=4096)
@@ -96,4 +101,5 @@ def capabilities(card: bytes) -> Capabilities | None:
         max_batch_tokens=parsed.max_batch_tokens,
         max_running=parsed.max_running,
         block_bytes=print_of.block_tokens * print_of.num_layers * print_of.row_bytes,
+        weights_digest=print_of.weights_digest,
     )

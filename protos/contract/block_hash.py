@@ -38,3 +38,21 @@ def block_hashes(root: bytes, token_ids: Sequence[int], block_tokens: int) -> li
         parent = next_hash(parent, list(islice(stream, block_tokens)))
         names.append(parent)
     return names
+
+
+def packed_block_hashes(root: bytes, packed_tokens: bytes, block_tokens: int) -> bytes:
+    """As `block_hashes`, of tokens packed as little-endian uint32, the names concatenated: nothing is unpacked."""
+    size = 4 * block_tokens
+    names: list[bytes] = []
+    parent = root
+    for at in range(0, len(packed_tokens) - size + 1, size):
+        parent = hashlib.blake2b(packed_tokens[at : at + size], digest_size=HASH_BYTES, key=parent).digest()
+        names.append(parent)
+    return b"".join(names)
+
+
+def unpack_names(packed: bytes) -> list[bytes]:
+    """Concatenated names one by one. Raises ValueError when the length is not a multiple of theirs."""
+    if len(packed) % HASH_BYTES:
+        raise ValueError(f"{len(packed)} bytes are no whole number of block names")
+    return [packed[at : at + HASH_BYTES] for at in range(0, len(packed), HASH_BYTES)]

@@ -14,6 +14,7 @@ import secrets
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from protos.contract.errors import ConfigError, Unauthenticated
@@ -23,7 +24,6 @@ MAX_KEYS = 8
 GRACE_MS = 10_000  # by which a capability outlives the request's deadline
 _ID_BYTES = 4
 _MAC_BYTES = _ID_BYTES + hashlib.sha256().digest_size
-_CONTEXT = b"autan hand-off capability 1"
 
 
 def expiry_ms(deadline_ms: int) -> int:
@@ -33,6 +33,13 @@ def expiry_ms(deadline_ms: int) -> int:
     a hand-off under way at that moment must not be mistaken for a forged one.
     """
     return deadline_ms + GRACE_MS
+
+
+class GrantKind(StrEnum):
+    """What is signed apart: no capability of one kind is one of the other, whatever its fields are."""
+
+    HANDOFF = "autan hand-off capability 1"
+    PREFIX = "autan prefix capability 1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +55,11 @@ class Grant:
     blocks: int
     kv_bytes: int
     expires_at_ms: int
+    kind: GrantKind = GrantKind.HANDOFF
 
     def message(self) -> bytes:
         """What is signed: every field, lengths before texts, so that no two grants have the same bytes."""
-        parts = [_CONTEXT]
+        parts = [self.kind.value.encode()]
         for text in (self.request_id, self.source_instance, self.target_instance):
             raw = text.encode()
             parts += [struct.pack("<I", len(raw)), raw]

@@ -38,6 +38,7 @@ SERVICE_ROLES: Mapping[str, frozenset[PeerRole]] = {
     "autan.v1.Admin": frozenset({PeerRole.ADMIN}),
     "autan.v1.TokenSink": frozenset({PeerRole.WORKER}),
     "autan.v1.KvTransfer": frozenset({PeerRole.WORKER}),
+    "autan.v1.PrefixTransfer": frozenset({PeerRole.WORKER}),
     "autan.v1.Worker": frozenset({PeerRole.ORCHESTRATOR}),
     "grpc.health.v1.Health": frozenset(PeerRole),
 }

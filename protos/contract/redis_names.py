@@ -33,6 +33,7 @@ class Fn(StrEnum):
     ASSIGN = "autan_assign"
     REAP = "autan_reap"
     MIGRATE = "autan_migrate"
+    PROMPTS = "autan_prompts"
     # worker
     REGISTER = "autan_register"
     DEREGISTER = "autan_deregister"
@@ -68,6 +69,7 @@ class InboxKind(StrEnum):
 
     PREFILL = "prefill"  # compute the prompt (and hand it to the peer, if the peer is another instance)
     EXPECT = "expect"  # the peer will hand this request over
+    LEND = "lend"  # push cached blocks of the request's tokens to the peer, which prefills it
     REVOKE = "revoke"  # drop the request up to and including this epoch
     OWNER = "owner"  # another ingress owns the request: replay what it has not acknowledged
     MOVE = "move"  # copy the KV of a decoding request to the peer, which then takes over

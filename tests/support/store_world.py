@@ -33,6 +33,13 @@ class Entry:
     submitted_ms: str
     attempts: str
     capability: str | bytes
+    source_inst: str = ""
+    source_inc: str = ""
+    source_blocks: str = ""
+    source_wait_ms: str = ""
+
+
+NO_SOURCE = ("", 0, 0, 0, b"")  # of a prefix, as assign takes it
 
 
 class World:
@@ -95,10 +102,12 @@ class World:
     # core
 
     def assign(self, id: str, p: str, d: str, *, epoch: int = 0, p_inc: int = 1, d_inc: int = 1, lease_ms: int = LONG_MS,
-               blocks: tuple[int, int] = (2, 3), capability: bytes = b"") -> list[Any]:  # fmt: skip
+               blocks: tuple[int, int] = (2, 3), capability: bytes = b"",
+               source: tuple[str | int | bytes, ...] = NO_SOURCE) -> list[Any]:  # fmt: skip
         """Assigns one request; (code, epoch)."""
         return self.call(
-            Fn.ASSIGN, LEADER, self.leader_epoch, lease_ms, 1, id, epoch, p, p_inc, d, d_inc, *blocks, capability
+            Fn.ASSIGN, LEADER, self.leader_epoch, lease_ms, 1, id, epoch, p, p_inc, d, d_inc, *blocks, capability,
+            *source,
         )[1:]  # fmt: skip
 
     def reap(
@@ -144,8 +153,8 @@ class World:
         """The entries of an inbox."""
         reply = self.call(Fn.PICK, name, incarnation, ack, max_n, lease_ms)
         assert reply[0] == "OK", reply
-        entries = [reply[3 + 15 * i : 18 + 15 * i] for i in range(reply[2])]
-        assert len(reply) == 3 + 15 * reply[2]
+        entries = [reply[3 + 19 * i : 22 + 19 * i] for i in range(reply[2])]
+        assert len(reply) == 3 + 19 * reply[2]
         return [Entry(int(e[0]), e[1], e[2], int(e[3]), *e[4:]) for e in entries]
 
     def told(self, name: str, incarnation: int = 1) -> list[tuple[str, str, int]]:

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -202,13 +202,20 @@ class WorkerWorld:
         return found[0]
 
     async def submit(
-        self, prompt: Sequence[int], max_tokens: int = 8, *, request_id: str = "", timeout_ms: int = 60_000, **sampling: Any
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 8,
+        *,
+        request_id: str = "",
+        timeout_ms: int = 60_000,
+        salt: bytes = b"salt",
+        **sampling: Any,
     ) -> str:
         """Submits as the ingress and returns the id."""
         request_id = request_id or f"r{next(_ids)}"
         spec = common.RequestSpec(
             request_id=request_id, tenant="acme", model=MODEL.name, prompt_token_ids=pack_tokens(prompt),
-            sampling=common.Sampling(max_tokens=max_tokens, top_p=1.0, **sampling), cache_salt=b"salt",
+            sampling=common.Sampling(max_tokens=max_tokens, top_p=1.0, **sampling), cache_salt=salt,
         )  # fmt: skip
         reply = await self.store.submit(
             request_id=request_id, body_hash=b"h", spec=spec.SerializeToString(), tenant="acme", model=MODEL.name,
@@ -224,12 +231,18 @@ class WorkerWorld:
         self.prompts[request_id] = (tuple(prompt), params)
         return request_id
 
-    async def assign(self, request_id: str, p: str, d: str) -> int:
-        """Places a queued request and returns its new epoch."""
+    async def assign(
+        self, request_id: str, p: str, d: str, *, source: str = "", blocks: int = 0, wait_ms: int = 5_000, signed: bytes = b""
+    ) -> int:
+        """Places a queued request and returns its new epoch; `source` is to push its first `blocks` blocks to `p`."""
         view = await self.store.view()
         incarnations = {record.instance_id: record.incarnation for record in view.instances}
         epoch = (await self.store.look([request_id]))[0].epoch
         placement = Placement(request_id, epoch, p, incarnations[p], d, incarnations[d], 4, 4)
+        if source:
+            placement = replace(
+                placement, s_inst=source, s_inc=incarnations[source], s_blocks=blocks, s_wait_ms=wait_ms, s_capability=signed
+            )
         outcome = (await self.store.assign(LEADER, self.leader_epoch, 5_000, [placement]))[0]
         assert outcome.code is Code.OK, outcome
         return outcome.epoch
@@ -287,7 +300,7 @@ def is_idle(host: WorkerHost) -> bool:
     stats, parts = host.engine.stats(), host.parts
     return not (
         stats.used_blocks or stats.leaked_blocks or len(parts.assignments) or len(parts.ledger) or len(parts.handoffs)
-        or parts.outbox.unacked_tokens
+        or parts.outbox.unacked_tokens or len(parts.prefixes.fetches) or len(parts.prefixes.lendings)
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import heapq
 import time
 from collections.abc import Callable
 
-from protos.contract.capability import Grant, Keyring
+from protos.contract.capability import Grant, GrantKind, Keyring
 from protos.contract.errors import Unauthenticated
 from protos.wire import kv
 
@@ -40,9 +40,16 @@ class StoreClock:
 class Authority:
     """Checks capabilities of one worker. Without `keys` everything passes: that is for tests and bare workers alone."""
 
-    def __init__(self, keys: Callable[[], Keyring] | None, clock: StoreClock, max_spent: int = MAX_SPENT) -> None:
+    def __init__(
+        self,
+        keys: Callable[[], Keyring] | None,
+        clock: StoreClock,
+        max_spent: int = MAX_SPENT,
+        kind: GrantKind = GrantKind.HANDOFF,
+    ) -> None:
         self._keys = keys
         self._clock = clock
+        self._kind = kind
         self._max_spent = max_spent
         self._opened: dict[tuple[str, int], int] = {}
         self._spent: set[tuple[str, int]] = set()
@@ -53,11 +60,15 @@ class Authority:
         """True when a hand-off needs a capability here."""
         return self._keys is not None
 
+    def of_kind(self, kind: GrantKind) -> Authority:
+        """Another one, which admits what is signed for `kind` with the same keys, and nothing else."""
+        return Authority(self._keys, self._clock, self._max_spent, kind)
+
     def admit(self, claim: kv.OpenRequest, block_bytes: int, *, is_here: bool) -> None:
         """Raises Unauthenticated, saying why. `is_here`: the transfer is known here, so this is the same use again."""
         if self._keys is None:
             return
-        grant = grant_of(claim, block_bytes)
+        grant = grant_of(claim, block_bytes, self._kind)
         self._keys().verify(grant, claim.capability.mac)
         if claim.num_blocks > grant.blocks:
             raise Unauthenticated(f"{claim.request_id}: {claim.num_blocks} blocks, the capability allows {grant.blocks}")
@@ -90,10 +101,11 @@ class Authority:
             self._spent.discard(heapq.heappop(self._expiries)[1])
 
 
-def grant_of(claim: kv.OpenRequest, block_bytes: int) -> Grant:
-    """What must have been signed for this claim to be allowed; its blocks may be fewer when it is a move."""
+def grant_of(claim: kv.OpenRequest, block_bytes: int, kind: GrantKind = GrantKind.HANDOFF) -> Grant:
+    """What must have been signed for this claim to be allowed; its blocks may be fewer when it is a move or a prefix."""
     blocks = claim.capability.most_blocks or claim.num_blocks
     return Grant(
+        kind=kind,
         request_id=claim.request_id,
         epoch=claim.epoch,
         source_instance=claim.source_instance,

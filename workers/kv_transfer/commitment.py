@@ -6,12 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from protos.contract.errors import AutanError, BadFrame, HandoffTimeout, InternalError
 from protos.wire import kv
 from workers.kv_transfer.attachment import Attachment
 from workers.kv_transfer.authority import Authority
-from workers.kv_transfer.claims import check_end
+from workers.kv_transfer.claims import Addressee, check_end
 from workers.kv_transfer.hooks import ReceiverHooks
 from workers.kv_transfer.ledger import Ledger
 from workers.kv_transfer.lifecycle import ReceiveState
@@ -57,7 +58,7 @@ class Commitments:
         if transfer.committing is None:
             here = self._hooks.here()
             transfer.scope.check_end(end)
-            tokens = check_end(end, transfer.expected, here, transfer.room_tokens)
+            tokens = self._check(transfer, end, here)
             num_blocks = -(-end.num_tokens // here.layout.block_tokens)
             await self._until_whole(at, num_blocks)
             transfer.lifecycle.move(ReceiveState.VERIFYING)
@@ -69,6 +70,15 @@ class Commitments:
         """The commit of a transfer that commits or has committed. Raises what made it fail."""
         assert transfer.committing is not None, transfer.lifecycle.state
         return await asyncio.shield(transfer.committing)
+
+    def _check(self, transfer: Transfer, end: kv.EndFrame, here: Addressee) -> tuple[int, ...]:
+        """The tokens to go on with. Raises BadFrame."""
+        return check_end(end, transfer.expected, here, transfer.room_tokens)
+
+    def _enter_engine(self, transfer: Transfer, end: kv.EndFrame, tokens: tuple[int, ...]) -> asyncio.Future[Any]:
+        """Tells the engine that everything is there."""
+        request_id, epoch, rows, exact = transfer.request_id, transfer.epoch, end.num_tokens, transfer.is_exact
+        return self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens, rows, exact))
 
     async def _until_whole(self, at: Attachment, num_blocks: int) -> None:
         """The stream of the end must be whole now; the others, which are not ordered with it, in time."""
@@ -100,8 +110,7 @@ class Commitments:
             await self._reach("import.before_commit")
             # The engine computes while Redis is asked; what it samples waits for the answer and is dropped with a refusal.
             transfer.in_engine = True
-            exact = transfer.is_exact
-            await self._port.call(lambda engine: engine.import_commit(request_id, epoch, tokens, end.num_tokens, exact))
+            await self._enter_engine(transfer, end, tokens)
             await self._reach("import.in_engine")
             await self._hooks.commit(request_id, epoch)
             if transfer.ended_by is not None:

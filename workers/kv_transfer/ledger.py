@@ -21,6 +21,8 @@ class Side(StrEnum):
 
     SEND = "send"
     RECEIVE = "receive"
+    LEND = "lend"  # cached blocks go to another instance
+    BORROW = "borrow"  # and come here
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 from protos.contract.errors import BadFrame, StaleEpoch
 from protos.wire import fingerprint_key, kv
+from workers.engine_api.types import ImportTicket, PrefixTicket
 from workers.kv_transfer.claims import Addressee, Expectation, check_expected
 from workers.kv_transfer.digest import DigestScope
 from workers.kv_transfer.encodings import Compression, Encoding, chosen
@@ -48,7 +49,7 @@ class Reservations:
     async def open(self, claim: kv.OpenRequest, here: Addressee) -> kv.OpenReply:
         """Raises StaleEpoch, StaleIncarnation, BadFrame or OutOfBlocks. Not to be cancelled: see Receiver.open."""
         expected = await self._hooks.expect(claim.request_id, claim.epoch)
-        check_expected(claim, expected, here)
+        self._check(claim, expected, here)
         lock = self._locks.setdefault(claim.request_id, asyncio.Lock())
         async with lock:
             current = self._table.of_request(claim.request_id)
@@ -65,6 +66,14 @@ class Reservations:
             if current is not None:
                 await self._returns.abort(current, StaleEpoch(f"{claim.request_id}: epoch {claim.epoch} has begun"))
             return await self._reserve(expected, here, claim)
+
+    def _check(self, claim: kv.OpenRequest, expected: Expectation, here: Addressee) -> None:
+        check_expected(claim, expected, here)
+
+    async def _room(self, expected: Expectation, room_tokens: int) -> tuple[ImportTicket, PrefixTicket | None]:
+        """Reserves blocks in the engine."""
+        request, known = expected.request, expected.num_tokens
+        return await self._port.call(lambda engine: engine.import_begin(request, known, room_tokens - known)), None
 
     async def _open_again(self, transfer: Transfer, asked: int) -> kv.OpenReply:
         if transfer.committing is not None:
@@ -97,9 +106,9 @@ class Reservations:
         )
 
     async def _reserve(self, expected: Expectation, here: Addressee, claim: kv.OpenRequest) -> kv.OpenReply:
-        request, known, room_tokens = expected.request, expected.num_tokens, claim.num_tokens
+        request, room_tokens = expected.request, claim.num_tokens
         await self._returns.over(request.request_id)
-        ticket = await self._port.call(lambda engine: engine.import_begin(request, known, room_tokens - known))
+        ticket, loan = await self._room(expected, room_tokens)
         scope = DigestScope(fingerprint_key(here.fingerprint), request.request_id, request.epoch)
         transfer = Transfer(
             expected=expected,
@@ -113,6 +122,7 @@ class Reservations:
             window_bytes=self._limits.window_bytes,
             room_tokens=room_tokens,
             touched_s=time.monotonic(),
+            loan=loan,
         )
         transfer.stripe_over(ticket.reused_blocks, self._granted(transfer, claim.streams))
         self._ledger.open(

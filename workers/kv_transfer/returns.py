@@ -74,14 +74,17 @@ class Returns:
         transfer.lifecycle.move(ReceiveState.ABORTED)
         transfer.ended_by = error
         transfer.wake()
+        self._returning[transfer.request_id] = self._tasks.spawn(self._returned(transfer, self._drop(transfer)))
+        self._hooks.ended(transfer.request_id, transfer.epoch, error)
+
+    def _drop(self, transfer: Transfer) -> asyncio.Future[Any]:
+        """Has the engine forget what was reserved."""
         request_id, epoch, decodes = transfer.request_id, transfer.epoch, transfer.in_engine
-        dropped = self._port.call(
+        return self._port.call(
             lambda engine: engine.import_abort(request_id, epoch) or (decodes and engine.abort(request_id, epoch))
         )
-        self._returning[request_id] = self._tasks.spawn(self._returned(transfer, dropped))
-        self._hooks.ended(request_id, epoch, error)
 
-    async def _returned(self, transfer: Transfer, dropped: asyncio.Future[bool]) -> None:
+    async def _returned(self, transfer: Transfer, dropped: asyncio.Future[Any]) -> None:
         try:
             await dropped
         except AutanError:

@@ -58,6 +58,8 @@ class Handoff:
     aborts it.
     """
 
+    push_method = PUSH_METHOD
+
     def __init__(self, job: HandoffJob, channels: StreamChannels, context: SendContext) -> None:
         self.job = job
         self.lifecycle: Lifecycle[SendState] = sending()
@@ -154,7 +156,7 @@ class Handoff:
     def _open_call(self, number: int) -> Any:
         """Begins the Push call of a stream, on a connection of its own. Messages go out as the codec made them."""
         method: Any = self._channels(number).stream_stream(
-            PUSH_METHOD, request_serializer=None, response_deserializer=kv.PushReply.FromString
+            self.push_method, request_serializer=None, response_deserializer=kv.PushReply.FromString
         )
         return method()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from protos.contract.errors import AutanError
 from protos.wire import common, kv
-from workers.engine_api.types import ImportTicket
+from workers.engine_api.types import ImportTicket, PrefixTicket
 from workers.kv_transfer.bell import Bell
 from workers.kv_transfer.claims import Expectation
 from workers.kv_transfer.digest import DigestScope
@@ -44,6 +44,7 @@ class Transfer:
     committing: asyncio.Task[kv.Commit] | None = None
     pool: PoolMapping | None = None  # the sender's, when frames may name bytes of it
     in_engine: bool = False  # the engine was told to decode it
+    loan: PrefixTicket | None = None  # of cached blocks, which enter the prefix cache and no sequence
 
     @property
     def request_id(self) -> str:
@@ -58,7 +59,7 @@ class Transfer:
     @property
     def key(self) -> Key:
         """The ledger's name of it."""
-        return Key(self.request_id, self.epoch, Side.RECEIVE)
+        return Key(self.request_id, self.epoch, Side.RECEIVE if self.loan is None else Side.BORROW)
 
     @property
     def is_exact(self) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.worker_spec import WorkerSpec
+from protos.contract.capability import GrantKind
 from protos.contract.errors import AutanError
 from protos.wire import common
 from workers.engine_api.protocol import Engine
@@ -15,9 +16,11 @@ from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.handoff_job import SendContext
 from workers.kv_transfer.hooks import ReceiveLimits
 from workers.kv_transfer.ledger import Ledger
+from workers.kv_transfer.prefix_receiver import PrefixReceiver
 from workers.kv_transfer.receiver import Receiver
 from workers.service.arrivals import Arrivals
 from workers.service.assignments import Assignment, Assignments
+from workers.service.cache_feed import CacheFeed
 from workers.service.coordinator import Coordinator, Parts
 from workers.service.diagnosis import Diagnosis, DiagnosisContext
 from workers.service.engine_thread import EngineThread
@@ -29,6 +32,10 @@ from workers.service.kv_audit import AuditContext, KvAudit
 from workers.service.membership import Membership
 from workers.service.moves import Moves
 from workers.service.outbox import Outbox, OutboxContext
+from workers.service.prefill_speed import PrefillSpeed
+from workers.service.prefix_exchange import PrefixExchange
+from workers.service.prefix_fetch import PrefixFetches
+from workers.service.prefix_lending import Lendings
 from workers.service.retrying import while_store_is_away
 from workers.service.store import WorkerStore
 from workers.service.wire import Wire
@@ -67,6 +74,7 @@ class Assembly:
     coordinator: Coordinator
     audit: KvAudit
     diagnosis: Diagnosis
+    prefixes: PrefixExchange
 
 
 def window_bytes(spec: WorkerSpec) -> int:
@@ -99,6 +107,7 @@ def assemble(base: Base) -> Assembly:
     moves = _moves(base, handoffs, context, ledger, outbox, on_moved)
     arrivals = _arrivals(base, assignments, outbox, on_failed, on_arrived)
     receiver = _receiver(base, arrivals, ledger, counters)
+    prefixes = _prefixes(base, handoffs, context, ledger, arrivals)
     coordinator = Coordinator(
         Parts(
             me=me,
@@ -108,6 +117,7 @@ def assemble(base: Base) -> Assembly:
             outbox=outbox,
             handoffs=handoffs,
             moves=moves,
+            prefixes=prefixes,
             receiver=receiver,
             arrivals=arrivals,
             failures=failures,
@@ -127,8 +137,9 @@ def assemble(base: Base) -> Assembly:
         receiver=receiver,
         failures=failures,
         coordinator=coordinator,
-        audit=_audit(base, assignments, ledger, handoffs, receiver),
+        audit=_audit(base, assignments, ledger, handoffs, receiver, prefixes),
         diagnosis=_diagnosis(base),
+        prefixes=prefixes,
     )
 
 
@@ -143,7 +154,14 @@ def _failures(base: Base) -> Failures:
     )
 
 
-def _audit(base: Base, assignments: Assignments, ledger: Ledger, handoffs: HandoffTasks, receiver: Receiver) -> KvAudit:
+def _audit(
+    base: Base,
+    assignments: Assignments,
+    ledger: Ledger,
+    handoffs: HandoffTasks,
+    receiver: Receiver,
+    prefixes: PrefixExchange,
+) -> KvAudit:
     context = AuditContext(
         me=base.me,
         engine=base.thread,
@@ -152,6 +170,7 @@ def _audit(base: Base, assignments: Assignments, ledger: Ledger, handoffs: Hando
         ledger=ledger,
         handoffs=handoffs,
         receiver=receiver,
+        prefixes=prefixes,
     )
     return KvAudit(context)
 
@@ -254,20 +273,60 @@ def _arrivals(
     )
 
 
-def _receiver(base: Base, arrivals: Arrivals, ledger: Ledger, counters: TransferCounters) -> Receiver:
+def _prefixes(base: Base, handoffs: HandoffTasks, context: SendContext, ledger: Ledger, arrivals: Arrivals) -> PrefixExchange:
+    timing, engine = base.spec.timing, base.thread.engine
+    counters = TransferCounters()
+
+    async def reach(point: str) -> None:
+        await base.failpoints.reach(point.replace("handoff.", "lend.").replace("import.", "fetch."))
+
+    feed = CacheFeed(base.thread, lambda: base.me.incarnation)
+    base.thread.hear_cache(feed.take)
+    fetches = PrefixFetches(here=arrivals.here, poll_inbox=base.poll_inbox, longest_wait_s=timing.progress_timeout_s / 2)
+    return PrefixExchange(
+        feed=feed,
+        fetches=fetches,
+        lendings=Lendings(
+            me=base.me,
+            engine=base.thread,
+            ledger=ledger,
+            context=replace(context, counters=counters, reach=reach),
+            channels=handoffs.channels,
+            fingerprint=fingerprint_of(engine.identity, engine.layout),
+        ),
+        receiver=PrefixReceiver(
+            port=base.thread,
+            hooks=fetches,
+            ledger=ledger,
+            counters=counters,
+            limits=_limits(base),
+            reach=reach,
+            authority=base.authority.of_kind(GrantKind.PREFIX),
+            compression="none" if base.spec.network.kv_compression == "none" else "lossless",
+        ),
+        counters=counters,
+        speed=PrefillSpeed(),
+    )
+
+
+def _limits(base: Base) -> ReceiveLimits:
     timing = base.spec.timing
+    return ReceiveLimits(
+        window_bytes=window_bytes(base.spec),
+        streams=base.spec.network.streams,
+        progress_timeout_s=timing.progress_timeout_s,
+        remember_s=timing.kv_lease_s,
+        shared_memory=base.spec.network.shared_memory,
+    )
+
+
+def _receiver(base: Base, arrivals: Arrivals, ledger: Ledger, counters: TransferCounters) -> Receiver:
     return Receiver(
         port=base.thread,
         hooks=arrivals,
         ledger=ledger,
         counters=counters,
-        limits=ReceiveLimits(
-            window_bytes=window_bytes(base.spec),
-            streams=base.spec.network.streams,
-            progress_timeout_s=timing.progress_timeout_s,
-            remember_s=timing.kv_lease_s,
-            shared_memory=base.spec.network.shared_memory,
-        ),
+        limits=_limits(base),
         reach=base.failpoints.reach,
         authority=base.authority,
         compression=base.spec.network.kv_compression,

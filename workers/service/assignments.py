@@ -83,6 +83,9 @@ class Assignment:
     is_exact: bool = True  # its rows came as they were computed; false also when they were computed again later
     chunks: int = 0
     cached_tokens: int = 0
+    fetched_tokens: int = 0  # of the prompt, from the cache of `fetch_source`
+    fetch_source: str = ""
+    fetch_s: float = 0.0
     capability: bytes = b""  # of the hand-off to the peer
     timeline: common.Timeline | None = None
     early: list[TokenOut] = field(default_factory=list)  # sampled here before Redis said that it may decode here

@@ -30,6 +30,7 @@ from workers.service.handoff_tasks import HandoffTasks
 from workers.service.membership import Membership
 from workers.service.moves import Moves
 from workers.service.outbox import Outbox, packed_logprobs
+from workers.service.prefix_exchange import PrefixExchange
 from workers.service.request_spec import ended_already, engine_request
 from workers.service.retrying import while_store_is_away
 from workers.service.store import InboxEntry, WorkerStore
@@ -54,6 +55,7 @@ class Parts:
     outbox: Outbox
     handoffs: HandoffTasks
     moves: Moves
+    prefixes: PrefixExchange
     receiver: Receiver
     arrivals: Arrivals
     failures: Failures
@@ -77,6 +79,8 @@ class Coordinator:
         match entry.kind:
             case InboxKind.PREFILL | InboxKind.EXPECT | InboxKind.ARRIVE:
                 self._on_assigned(entry)
+            case InboxKind.LEND:
+                self._parts.prefixes.lend(entry)
             case InboxKind.REVOKE:
                 self.revoke(entry.request_id, entry.epoch)
             case InboxKind.OWNER:
@@ -103,9 +107,11 @@ class Coordinator:
         if assignment.part is Part.PREFILL:
             parts.engine.post(lambda engine: engine.abort(request_id, epoch))
             parts.handoffs.cancel(assignment)
+            parts.prefixes.drop(assignment)
             return
         parts.moves.cancel(assignment)
         parts.receiver.abort_request(request_id, epoch, StaleEpoch(f"{request_id}: epoch {epoch} is over"))
+        parts.prefixes.drop(assignment)
         parts.engine.post(lambda engine: engine.abort(request_id, epoch))
 
     def drop_all(self) -> None:
@@ -113,6 +119,7 @@ class Coordinator:
         for assignment in self._parts.assignments.all():
             self.drop(assignment)
         self._parts.receiver.abort_all(StaleEpoch("this instance is fenced"))
+        self._parts.prefixes.drop_all()
 
     def give_up(self, assignment: Assignment, error: AutanError, *, poison: bool = False, retryable: bool = True) -> None:
         """Drops an assignment and tells Redis why, so that it is placed again or fails."""
@@ -123,6 +130,7 @@ class Coordinator:
     async def close(self) -> None:
         """Ends what runs in the background."""
         await self._tasks.cancel()
+        await self._parts.prefixes.close()
 
     def _on_assigned(self, entry: InboxEntry) -> None:
         parts, mine = self._parts, self._parts.me.instance_id
@@ -170,10 +178,12 @@ class Coordinator:
             return
         if part is Part.PREFILL:
             parts.handoffs.start(assignment, parts.fingerprint, self)
+        parts.prefixes.fetches.begin(assignment, entry)
         self._tasks.spawn(self._begin(assignment))
 
     async def _begin(self, assignment: Assignment) -> None:
         await self._parts.failpoints.reach("prefill.before_first_chunk")
+        await self._parts.prefixes.settle(assignment)
         if assignment.ended:
             return
         assignment.progress_s = time.monotonic()
@@ -199,6 +209,8 @@ class Coordinator:
             self._send_blocks(stored, event)
         for progress in event.result.progress:
             self._on_progress(progress, event, now_s)
+        if event.result.progress:
+            parts.prefixes.speed.observe(event.result.batch_tokens, event.took_s)
         for token in event.result.tokens:
             self._on_token(token, event, now_s)
         for failed in event.result.failed:
@@ -257,6 +269,9 @@ class Coordinator:
             cached_tokens=assignment.cached_tokens,
             prefill_instance=parts.me.instance_id,
             attempts=assignment.attempts,
+            fetched_tokens=assignment.fetched_tokens,
+            fetch_source=assignment.fetch_source,
+            fetch_s=assignment.fetch_s,
         )
         if assignment.part is Part.FULL:
             timeline.decode_instance = parts.me.instance_id

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from protos.contract.errors import EngineFailure, StaleEpoch
 from workers.engine_api.pool_memory import PoolMemory
 from workers.engine_api.protocol import Engine
-from workers.engine_api.types import EngineRequest, KvLayout, LayerProgress, StepResult
+from workers.engine_api.types import CacheEvent, EngineRequest, KvLayout, LayerProgress, StepResult
 from workers.service.failpoints import Failpoints
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,14 @@ class StepEvent:
     """One step as the event loop hears of it; `blocks` are the pinned block ids of the sequences to hand over.
 
     An event with `stored` comes before that of its step: the chunks there are final in all layers, while the last layer still
-    attends. `ended_s` is monotonic time: when the engine was done with the step.
+    attends. `ended_s` is monotonic time: when the engine was done with the step, which took `took_s`.
     """
 
     result: StepResult
     blocks: dict[RequestKey, tuple[int, ...]] = field(default_factory=dict)
     stored: tuple[LayerProgress, ...] = ()
     ended_s: float = 0.0
+    took_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class EngineThread:
         self._failpoints = failpoints
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._unseen = threading.BoundedSemaphore(_MAX_UNSEEN_STEPS)
+        self._on_cache: Callable[[tuple[CacheEvent, ...]], None] = _unheard
         self._handing_over: set[RequestKey] = set()  # touched on the engine's thread only
         self._busy_since_s: float | None = None
         self._stopping = False  # no new commands
@@ -94,6 +96,10 @@ class EngineThread:
         thread = self._thread
         if thread is not None:
             await asyncio.to_thread(thread.join, timeout_s)
+
+    def hear_cache(self, on_cache: Callable[[tuple[CacheEvent, ...]], None]) -> None:
+        """From now on `on_cache` hears, on the event loop, every change of the prefix cache, in order; it is the only one."""
+        self._on_cache = on_cache
 
     @property
     def engine(self) -> Engine:
@@ -204,13 +210,15 @@ class EngineThread:
         """All waiting commands, then one step; waits for a command when there is no work."""
         while self._do_next_command(engine, wait=False):
             pass
+        self._tell_cache(engine)
         if self._over:
             return
-        self._busy_since_s = time.monotonic()
+        began_s = self._busy_since_s = time.monotonic()
         if engine.has_work():
             result = engine.step(partial(self._on_layers, engine) if self._handing_over else None)
             ended_s = time.monotonic()
-            event = StepEvent(result, self._pin(engine, result), ended_s=ended_s)
+            event = StepEvent(result, self._pin(engine, result), ended_s=ended_s, took_s=ended_s - began_s)
+            self._tell_cache(engine)
             if self._make_room():
                 self._tell(self._see, event)
         else:
@@ -233,6 +241,11 @@ class EngineThread:
         else:
             self._tell(_succeed, command.future, value)
         return True
+
+    def _tell_cache(self, engine: Engine) -> None:
+        events = engine.drain_cache_events()
+        if events:
+            self._tell(self._on_cache, events)
 
     def _on_layers(self, engine: Engine, reports: tuple[LayerProgress, ...]) -> None:
         """Full blocks of a chunk may go as soon as its last layer is stored, which is well before its step ends."""
@@ -283,6 +296,10 @@ class EngineThread:
         assert self._loop is not None
         with suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
             self._loop.call_soon_threadsafe(fn, *args)
+
+
+def _unheard(events: tuple[CacheEvent, ...]) -> None:
+    """Nobody wants to know."""
 
 
 def _succeed(future: asyncio.Future[Any], value: Any) -> None:

@@ -19,6 +19,8 @@ Without `#n` it fires at every pass. `#n` means the n-th pass, counted from 1; a
     handoff.after_commit         sender, after the commit, before the blocks are given back
     import.before_commit         receiver, everything verified, before the engine and Redis hear of it
     import.in_engine             receiver, the engine decodes, before Redis is asked whether it may
+    lend.before_open, lend.mid_push, lend.before_end, fetch.before_commit, fetch.in_engine
+                                 the same five of cached blocks that go from worker to worker
     decode.token                 engine thread, after a step, for each token that is no hand-off's first; index: output index
     emit.before_send             before a batch of tokens goes to an ingress
 """
@@ -45,6 +47,11 @@ POINTS = frozenset(
         "handoff.after_commit",
         "import.before_commit",
         "import.in_engine",
+        "lend.before_open",
+        "lend.mid_push",
+        "lend.before_end",
+        "fetch.before_commit",
+        "fetch.in_engine",
         "decode.token",
         "emit.before_send",
     }

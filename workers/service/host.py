@@ -33,7 +33,7 @@ from workers.service.loading import Loading
 from workers.service.membership import Membership
 from workers.service.rank_share import ShareThread
 from workers.service.renewals import RenewalContext, Renewals
-from workers.service.servicers import Health, KvTransferService, WorkerService, add_kv_transfer
+from workers.service.servicers import Health, WorkerService, add_kv_transfers
 from workers.service.store import WorkerStore
 from workers.service.task_set import TaskSet
 from workers.service.wire import Wire, bind_host
@@ -213,8 +213,9 @@ class WorkerHost:
         assert self._group is not None
         self._server = self.wire.server()
         add_worker: Any = worker_pb2_grpc.add_WorkerServicer_to_server
-        add_kv_transfer(KvTransferService(self.parts.receiver), self._server)
-        add_worker(WorkerService(self.status, self._group, self.parts.audit, self.parts.diagnosis), self._server)
+        parts = self.parts
+        add_kv_transfers(parts.receiver, parts.prefixes.receiver, self._server)
+        add_worker(WorkerService(self.status, self._group, parts.audit, parts.diagnosis, parts.prefixes.feed), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
         self.address = self.wire.listen(self._server, host)
         await self._health.set(False)
@@ -332,7 +333,7 @@ class WorkerHost:
     def _stats(self) -> common.InstanceStats:
         parts = self.parts
         overdue = parts.ledger.leaked_blocks(time.monotonic())
-        return stats_of(self.engine.stats(), parts.counters, overdue, parts.outbox.unacked_tokens)
+        return stats_of(self.engine.stats(), parts.counters, overdue, parts.outbox.unacked_tokens, parts.prefixes)
 
     # -- stop -----------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from protos.wire import common
 from workers.engine_api.protocol import Engine
 from workers.engine_api.types import EngineStats, KvLayout, ModelIdentity
 from workers.kv_transfer.counters import TransferCounters
+from workers.service.prefix_exchange import PrefixExchange
 
 
 def fingerprint_of(identity: ModelIdentity, layout: KvLayout) -> common.Fingerprint:
@@ -48,9 +49,11 @@ def card_of(spec: WorkerSpec, engine: Engine, address: str) -> common.InstanceCa
     )
 
 
-def stats_of(stats: EngineStats, counters: TransferCounters, overdue_blocks: int, unacked_tokens: int) -> common.InstanceStats:
+def stats_of(
+    stats: EngineStats, counters: TransferCounters, overdue_blocks: int, unacked_tokens: int, prefixes: PrefixExchange
+) -> common.InstanceStats:
     """What goes along with every renewal; blocks of overdue hand-offs count as leaked."""
-    return common.InstanceStats(
+    found = common.InstanceStats(
         total_blocks=stats.total_blocks,
         used_blocks=stats.used_blocks,
         cached_blocks=stats.cached_blocks,
@@ -78,3 +81,5 @@ def stats_of(stats: EngineStats, counters: TransferCounters, overdue_blocks: int
         host_blocks=stats.host_blocks,
         host_restored_tokens=stats.host_restored_tokens,
     )
+    prefixes.report(found)
+    return found

@@ -19,6 +19,7 @@ from workers.service.engine_thread import EngineThread
 from workers.service.handoff_tasks import HandoffTasks
 from workers.service.kv_books import RequestKey, Snapshot
 from workers.service.membership import Membership
+from workers.service.prefix_exchange import PrefixExchange
 from workers.service.store import WorkerStore
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class AuditContext:
     ledger: Ledger
     handoffs: HandoffTasks
     receiver: Receiver
+    prefixes: PrefixExchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,11 @@ class KvAudit:
         if entry.key.side is Side.RECEIVE:
             context.receiver.abort_request(*key, StaleEpoch(f"{key[0]}: given back, {why}"))
             found.done = True
+        elif entry.key.side is Side.BORROW:
+            context.prefixes.receiver.abort_request(*key, StaleEpoch(f"{key[0]}: given back, {why}"))
+            found.done = True
+        elif entry.key.side is Side.LEND:
+            found.done = context.prefixes.lendings.cancel_key(*key)
         elif context.handoffs.cancel_key(*key):
             found.done = True
         else:

@@ -51,7 +51,7 @@ def orphans(snapshot: Snapshot) -> list[BlockOwner]:
 def books(snapshot: Snapshot) -> audit.KvBooks:
     """The books as they travel: transfers first, then the requests in the engine, then pins that no transfer accounts for."""
     stats = snapshot.stats
-    sending = {(e.key.request_id, e.key.epoch) for e in snapshot.entries if e.key.side is not Side.RECEIVE}
+    sending = {(e.key.request_id, e.key.epoch) for e in snapshot.entries if e.key.side is Side.SEND}
     owners = [o for o in snapshot.owners if o.kind == "request" or (o.request_id, o.epoch) not in sending]
     return audit.KvBooks(
         instance_id=snapshot.instance_id,
@@ -133,7 +133,7 @@ def _transfer(entry: Entry, now_s: float) -> audit.KvEntry:
         owner=entry.key.side.value,
         stage=entry.state(),
         blocks=entry.blocks,
-        writer=entry.writer if entry.key.side is Side.RECEIVE else "",
+        writer=entry.writer if entry.key.side in (Side.RECEIVE, Side.BORROW) else "",
         age_s=max(0.0, now_s - entry.opened_s),
         lease_left_s=entry.deadline_s - now_s,
     )

@@ -13,11 +13,12 @@ from protos.rpc import kv_pb2_grpc, worker_pb2_grpc
 from protos.wire import audit, kv, worker
 from workers.kv_transfer.push_codec import PushMessage, decode_push
 from workers.kv_transfer.receiver import Receiver
+from workers.service.cache_feed import CacheFeed
 from workers.service.diagnosis import Diagnosis
 from workers.service.group import GroupHead
 from workers.service.kv_audit import KvAudit
 
-_SERVICES = ("", "autan.v1.Worker", "autan.v1.KvTransfer")
+_SERVICES = ("", "autan.v1.Worker", "autan.v1.KvTransfer", "autan.v1.PrefixTransfer")
 
 
 class KvTransferService(kv_pb2_grpc.KvTransferServicer):  # type: ignore[misc, unused-ignore]
@@ -38,8 +39,14 @@ class KvTransferService(kv_pb2_grpc.KvTransferServicer):  # type: ignore[misc, u
         return kv.CloseReply()
 
 
-def add_kv_transfer(service: KvTransferService, server: grpc.aio.Server) -> None:
-    """Registers autan.v1.KvTransfer with the codec of `push_codec` for the messages of Push."""
+def add_kv_transfers(handoffs: Receiver, prefixes: Receiver, server: grpc.aio.Server) -> None:
+    """Registers autan.v1.KvTransfer and autan.v1.PrefixTransfer, which differ in what is received."""
+    add_kv_transfer(KvTransferService(handoffs), server)
+    add_kv_transfer(KvTransferService(prefixes), server, "autan.v1.PrefixTransfer")
+
+
+def add_kv_transfer(service: KvTransferService, server: grpc.aio.Server, name: str = "autan.v1.KvTransfer") -> None:
+    """Registers a service with the codec of `push_codec` for the messages of Push."""
     handlers: dict[str, Any] = {
         "Open": grpc.unary_unary_rpc_method_handler(service.Open, kv.OpenRequest.FromString, kv.OpenReply.SerializeToString),
         "Push": grpc.stream_stream_rpc_method_handler(service.Push, decode_push, kv.PushReply.SerializeToString),
@@ -47,19 +54,25 @@ def add_kv_transfer(service: KvTransferService, server: grpc.aio.Server) -> None
             service.Close, kv.CloseRequest.FromString, kv.CloseReply.SerializeToString
         ),
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("autan.v1.KvTransfer", handlers),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc, unused-ignore]
     """autan.v1.Worker."""
 
     def __init__(
-        self, status: Callable[[], worker.WorkerStatusReply], group: GroupHead, kv_audit: KvAudit, diagnosis: Diagnosis
+        self,
+        status: Callable[[], worker.WorkerStatusReply],
+        group: GroupHead,
+        kv_audit: KvAudit,
+        diagnosis: Diagnosis,
+        feed: CacheFeed,
     ) -> None:
         self._status = status
         self._group = group
         self._audit = kv_audit
         self._diagnosis = diagnosis
+        self._feed = feed
 
     async def Status(self, request: worker.WorkerStatusRequest, context: Any) -> worker.WorkerStatusReply:
         return self._status()
@@ -81,6 +94,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc, unuse
 
     async def Diagnose(self, request: worker.WorkerDiagnoseRequest, context: Any) -> audit.SelfReport:
         return await self._diagnosis.report(request)
+
+    async def WatchCache(self, request: worker.WatchCacheRequest, context: Any) -> AsyncIterator[worker.CacheNews]:
+        async for news in self._feed.watch(request.incarnation, request.after_event):
+            yield news
 
 
 class Health:

@@ -31,6 +31,7 @@ from workers.kv_transfer.authority import StoreClock
 from workers.kv_transfer.handoff_job import Holder
 
 _AWAY = ("MISCONF", "BUSY", "LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS")
+_ENTRY = 19  # fields of one entry of pick
 _NO_FUNCTION = "function not found"
 
 
@@ -51,7 +52,11 @@ class InboxEntry:
     ingress_address: str = ""
     queued_s: float = 0.0
     attempts: int = 0
-    capability: bytes = b""  # to show the peer when the hand-off opens
+    capability: bytes = b""  # to show the peer when the transfer opens
+    source_instance: str = ""  # pushes the first source_blocks blocks to whoever prefills; empty: nobody
+    source_incarnation: int = 0
+    source_blocks: int = 0
+    source_wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +121,7 @@ class WorkerStore:
         _current(reply, instance_id, incarnation)
         now_ms, count, fields = int(reply[1]), int(reply[2]), reply[3:]
         self.clock.heard(now_ms)
-        return tuple(_entry(fields[15 * at : 15 * at + 15], now_ms) for at in range(count))
+        return tuple(_entry(fields[_ENTRY * at : _ENTRY * (at + 1)], now_ms) for at in range(count))
 
     async def renew(
         self, instance_id: str, incarnation: int, *, state: str, stats: bytes, lease_s: float, held: Sequence[Held]
@@ -252,4 +257,8 @@ def _entry(fields: Sequence[Any], now_ms: int) -> InboxEntry:
         queued_s=max(0, now_ms - submitted_ms) / 1000 if submitted_ms else 0.0,
         attempts=int(fields[13] or 0),
         capability=bytes(fields[14]),
+        source_instance=_text(fields[15]),
+        source_incarnation=int(fields[16] or 0),
+        source_blocks=int(fields[17] or 0),
+        source_wait_s=int(fields[18] or 0) / 1000,
     )

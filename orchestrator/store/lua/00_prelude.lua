@@ -97,6 +97,12 @@ local function take_name(c, what)
   return value
 end
 
+-- A name, or nothing.
+local function take_optional_name(c, what)
+  if c.args[c.at + 1] == '' then return take(c, what) end
+  return take_name(c, what)
+end
+
 local function take_int(c, what, low, high)
   local value = take(c, what)
   local number = string.find(value, '^-?%d+$') and #value <= 17 and tonumber(value)

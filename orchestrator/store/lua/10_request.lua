@@ -4,6 +4,7 @@ local FIELDS = {
   'state', 'epoch', 'tenant', 'prompt_tokens', 'max_tokens', 'prio', 'submitted_ms', 'deadline_ms', 'attempts', 'order',
   'p', 'p_inc', 'p_open', 'p_tokens', 'p_blocks', 'd', 'd_inc', 'd_open', 'd_blocks', 'holder', 'holder_inc',
   'ing', 'ing_epoch', 'ing_addr', 'reason', 'known_n',
+  's', 's_inc', 's_blocks', 's_wait_ms',
   'm', 'm_inc', 'm_open', 'm_epoch', 'm_blocks', 'm_known', 'm_why', 'moves',
 }
 

@@ -1,15 +1,18 @@
 -- autan_pick: an instance reads its inbox.
 -- ARGV  instance_id, incarnation, ack_seq, max_n (at most 64), lease_ms
 -- Reply OK, now_ms, k, k x (seq, kind, id, epoch, spec, journal, peer_inst, peer_addr, peer_inc,
---       ingress_id, ingress_addr, ingress_epoch, submitted_ms, attempts, capability) | STALE | GONE
+--       ingress_id, ingress_addr, ingress_epoch, submitted_ms, attempts, capability,
+--       source_inst, source_inc, source_blocks, source_wait_ms) | STALE | GONE
 --       prefill  compute it; the peer decodes (itself: do both). The caller holds the request from now on, under a lease.
+--                The source, if there is one, pushes cached blocks of it here first.
+--       lend     push the first source_blocks full blocks of its tokens from the cache to the peer, which prefills it
 --       expect   the peer prefills and hands over
 --       revoke   drop the request up to this epoch; also told of a prefill or expect that ended before it was read
 --       owner    send what is not acknowledged to this ingress
 --       move     the caller decodes it: copy its KV to the peer meanwhile, under this epoch, and let it take over
 --       arrive   the peer decodes it and moves it here under this epoch
 --       stay     the move of this epoch is over: decode on
---       Only a prefill and a move have a capability.
+--       Only a prefill, a lend and a move have a capability.
 --       revoke, stay and owner have no spec, journal or peer; a revoke or stay has no ingress.
 --       The journal of prefill and expect is what was journaled when assign placed the request, that of move and arrive when
 --       the move began: the same for both sides.
@@ -31,6 +34,10 @@ local function meaning(r, kind, epoch, instance, incarnation)
   end
   if kind == 'owner' and arriving then return 'owner' end
   local current = r and r.epoch == epoch
+  if kind == 'lend' then
+    local waits = current and (r.state == 'ASSIGNED' or r.state == 'PREFILLING')
+    return waits and is_part(r, 's', instance, incarnation) and 'lend' or nil
+  end
   if kind == 'owner' then
     local party = current and (is_part(r, 'p', instance, incarnation) or is_part(r, 'd', instance, incarnation))
     return party and LIVE[r.state] and 'owner' or nil
@@ -49,17 +56,23 @@ local function hold(c, r, instance, incarnation, lease_ms)
   redis.call('ZADD', k(c, 'lease'), text(c.now + lease_ms), r.id)
 end
 
-local PEERS = {prefill = 'd', expect = 'p', move = 'm', arrive = 'd'}
+local PEERS = {prefill = 'd', expect = 'p', move = 'm', arrive = 'd', lend = 'p'}
+local SHOWN = {prefill = 'capability', move = 'm_capability', lend = 's_capability'}
+
+local function source_of(r, kind)
+  if r.s == '' or not (kind == 'prefill' or kind == 'lend') then return {'', '', '', ''} end
+  return {r.s, r.s_inc, r.s_blocks, r.s_wait_ms}
+end
 
 local function entry_reply(c, seq, kind, id, epoch, r)
-  if kind == 'revoke' or kind == 'stay' then return {seq, kind, id, epoch, '', '', '', '', '', '', '', '', '', '', ''} end
+  if kind == 'revoke' or kind == 'stay' then return {seq, kind, id, epoch, '', '', '', '', '', '', '', '', '', '', '', '', '', '', ''} end
   local spec, journal, peer, peer_addr, peer_inc, capability = '', '', '', '', '', ''
   if kind ~= 'owner' then
     local side = PEERS[kind]
     peer, peer_inc = r[side], r[side .. '_inc']
     peer_addr = redis.call('HGET', k_instance(c, peer), 'addr') or ''
     spec = redis.call('HGET', k_request(c, id), 'spec') or ''
-    local shown = kind == 'prefill' and 'capability' or kind == 'move' and 'm_capability'
+    local shown = SHOWN[kind]
     capability = shown and redis.call('HGET', k_request(c, id), shown) or ''
     local known_n = (kind == 'move' or kind == 'arrive') and r.m_known or r.known_n
     -- As it was at assign: P may have had its first token journaled before D reads, and both must count the same rows.
@@ -67,7 +80,7 @@ local function entry_reply(c, seq, kind, id, epoch, r)
   end
   return {
     seq, kind, id, epoch, spec, journal, peer, peer_addr, peer_inc,
-    r.ing, r.ing_addr, r.ing_epoch, r.submitted_ms, r.attempts, capability,
+    r.ing, r.ing_addr, r.ing_epoch, r.submitted_ms, r.attempts, capability, unpack(source_of(r, kind)),
   }
 end
 

@@ -24,7 +24,8 @@ VALID: dict[Fn, Arguments] = {
     Fn.ORPHANS: [INGRESS, 10],
     Fn.LEAD: [LEADER, LONG_MS, 1],
     Fn.VIEW: [10],
-    Fn.ASSIGN: [LEADER, 1, LONG_MS, 1, "q", 0, "p", 1, "d", 1, 1, 1, b""],
+    Fn.PROMPTS: [2, "q", "r"],
+    Fn.ASSIGN: [LEADER, 1, LONG_MS, 1, "q", 0, "p", 1, "d", 1, 1, 1, b"", "", 0, 0, 0, b""],
     Fn.REAP: [LEADER, 1, 10, 3, LONG_MS, 1000],
     Fn.REGISTER: ["w", "decode", "addr", "card"],
     Fn.DEREGISTER: ["d", 1],
@@ -40,7 +41,7 @@ VALID: dict[Fn, Arguments] = {
     Fn.MOVES: [10],
 }
 GARBAGE: Arguments = ["", "-1", "1e3", "nan", "99999999999999999999", "{r}:x", b"\xff\0", "x" * 300]
-READ_ONLY = {Fn.LOOK, Fn.ORPHANS, Fn.VIEW, Fn.STATS, Fn.REQUESTS, Fn.MOVES}
+READ_ONLY = {Fn.LOOK, Fn.ORPHANS, Fn.VIEW, Fn.PROMPTS, Fn.STATS, Fn.REQUESTS, Fn.MOVES}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import redis
 from orchestrator.domain.request import REQUEST_MOVES, TERMINAL_STATES
 from orchestrator.store.library import library_text
 from protos.contract.redis_names import Fn
-from tests.support.store_world import LEADER, LONG_MS, World
+from tests.support.store_world import LEADER, LONG_MS, NO_SOURCE, World
 
 
 def test_the_library_and_the_domain_have_the_same_lifecycle() -> None:
@@ -46,8 +46,8 @@ def test_a_former_leader_decides_nothing(world: World) -> None:
     world.queued("r", timeout_ms=0)
     world.call(Fn.LEAD, LEADER, 0, 1)
     world.call(Fn.LEAD, "other", LONG_MS, 0)
-    assert world.call(Fn.ASSIGN, LEADER, 1, LONG_MS, 1, "r", 0, "a", 1, "a", 1, 1, 1, b"") == ["NOT_LEADER"]
-    assert world.call(Fn.ASSIGN, "other", 1, LONG_MS, 1, "r", 0, "a", 1, "a", 1, 1, 1, b"") == ["NOT_LEADER"]
+    assert world.call(Fn.ASSIGN, LEADER, 1, LONG_MS, 1, "r", 0, "a", 1, "a", 1, 1, 1, b"", *NO_SOURCE) == ["NOT_LEADER"]
+    assert world.call(Fn.ASSIGN, "other", 1, LONG_MS, 1, "r", 0, "a", 1, "a", 1, 1, 1, b"", *NO_SOURCE) == ["NOT_LEADER"]
     assert world.call(Fn.REAP, LEADER, 1, 10, 3, 0, LONG_MS) == ["NOT_LEADER"]
     assert world.state("r") == "QUEUED"
 
@@ -144,7 +144,7 @@ def test_assign_takes_a_batch_request_by_request(world: World) -> None:
     world.instance("c")
     for id in ("a", "b"):
         world.queued(id)
-    flat: list[str | bytes | int] = [value for id in "axb" for value in (id, 0, "c", 1, "c", 1, 1, 1, b"")]
+    flat: list[str | bytes | int] = [value for id in "axb" for value in (id, 0, "c", 1, "c", 1, 1, 1, b"", *NO_SOURCE)]
     assert world.call(Fn.ASSIGN, LEADER, 1, LONG_MS, 3, *flat) == ["OK", "OK", "1", "GONE", "0", "OK", "1"]
     with pytest.raises(redis.ResponseError, match="k is no integer from 0 to 64"):
         world.call(Fn.ASSIGN, LEADER, 1, LONG_MS, 65)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protos.contract.block_hash import HASH_BYTES, block_hashes, next_hash, root_hash
+from protos.contract.block_hash import HASH_BYTES, block_hashes, next_hash, packed_block_hashes, root_hash, unpack_names
+from protos.contract.redis_names import pack_tokens
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=80)
 BLOCK = st.integers(1, 16)
@@ -63,3 +65,14 @@ def test_names_never_change_between_versions() -> None:
         "e3fb7c62b21be72e7c13382397b3811c",
         "88607be4ac495d2c989a6752781f6f84",
     ]
+
+
+@given(TOKENS, BLOCK)
+def test_packed_tokens_have_the_same_names(tokens: list[int], block_tokens: int) -> None:
+    names = unpack_names(packed_block_hashes(ROOT, pack_tokens(tokens), block_tokens))
+    assert names == block_hashes(ROOT, tokens, block_tokens)
+
+
+def test_half_a_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="no whole number"):
+        unpack_names(b"x" * 17)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from protos.contract.capability import Grant, KeyFile, Keyring, make_key_file, read_key_file, rotate_key_file
+from protos.contract.capability import Grant, GrantKind, KeyFile, Keyring, make_key_file, read_key_file, rotate_key_file
 from protos.contract.errors import ConfigError, Unauthenticated
 
 GRANT = Grant(
@@ -28,7 +28,8 @@ OLD, NEW = b"o" * 32, b"n" * 32
 def test_every_field_is_signed(name: str) -> None:
     ring = Keyring([OLD])
     value = getattr(GRANT, name)
-    other = replace(GRANT, **{name: value + (1 if isinstance(value, int) else "x")})
+    changed = GrantKind.PREFIX if name == "kind" else value + (1 if isinstance(value, int) else "x")
+    other = replace(GRANT, **{name: changed})
     ring.verify(GRANT, ring.sign(GRANT))
     with pytest.raises(Unauthenticated, match="not for this request"):
         ring.verify(other, ring.sign(GRANT))

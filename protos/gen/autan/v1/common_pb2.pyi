@@ -190,7 +190,14 @@ class InstanceCard(_message.Message):
     def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., total_blocks: _Optional[int] = ..., vocab_size: _Optional[int] = ..., context_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., node: _Optional[str] = ..., ranks: _Optional[int] = ...) -> None: ...
 
 class InstanceStats(_message.Message):
-    __slots__ = ("total_blocks", "used_blocks", "cached_blocks", "free_blocks", "running", "waiting", "holding", "importing", "steps", "prefill_chunks", "prefill_tokens", "prefix_hit_tokens", "decode_tokens", "preemptions", "kv_blocks_sent", "kv_bytes_sent", "kv_blocks_received", "kv_bytes_received", "handoffs_committed", "handoffs_failed", "stale_refused", "leaked_blocks", "unacked_tokens", "expert_visits", "host_blocks", "host_restored_tokens")
+    __slots__ = ("total_blocks", "used_blocks", "cached_blocks", "free_blocks", "running", "waiting", "holding", "importing", "steps", "prefill_chunks", "prefill_tokens", "prefix_hit_tokens", "decode_tokens", "preemptions", "kv_blocks_sent", "kv_bytes_sent", "kv_blocks_received", "kv_bytes_received", "handoffs_committed", "handoffs_failed", "stale_refused", "leaked_blocks", "unacked_tokens", "expert_visits", "host_blocks", "host_restored_tokens", "fetched_blocks", "fetched_bytes", "fetches", "fetches_failed", "lent_blocks", "lent_bytes", "prefill_tokens_per_s")
+    class FetchesFailedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     USED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -217,6 +224,13 @@ class InstanceStats(_message.Message):
     EXPERT_VISITS_FIELD_NUMBER: _ClassVar[int]
     HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOST_RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCHES_FIELD_NUMBER: _ClassVar[int]
+    FETCHES_FAILED_FIELD_NUMBER: _ClassVar[int]
+    LENT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     total_blocks: int
     used_blocks: int
     cached_blocks: int
@@ -243,10 +257,17 @@ class InstanceStats(_message.Message):
     expert_visits: _containers.RepeatedScalarFieldContainer[int]
     host_blocks: int
     host_restored_tokens: int
-    def __init__(self, total_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., holding: _Optional[int] = ..., importing: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_chunks: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_blocks_sent: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_blocks_received: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., handoffs_committed: _Optional[int] = ..., handoffs_failed: _Optional[int] = ..., stale_refused: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., unacked_tokens: _Optional[int] = ..., expert_visits: _Optional[_Iterable[int]] = ..., host_blocks: _Optional[int] = ..., host_restored_tokens: _Optional[int] = ...) -> None: ...
+    fetched_blocks: int
+    fetched_bytes: int
+    fetches: int
+    fetches_failed: _containers.ScalarMap[str, int]
+    lent_blocks: int
+    lent_bytes: int
+    prefill_tokens_per_s: float
+    def __init__(self, total_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., holding: _Optional[int] = ..., importing: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_chunks: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_blocks_sent: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_blocks_received: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., handoffs_committed: _Optional[int] = ..., handoffs_failed: _Optional[int] = ..., stale_refused: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., unacked_tokens: _Optional[int] = ..., expert_visits: _Optional[_Iterable[int]] = ..., host_blocks: _Optional[int] = ..., host_restored_tokens: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., fetches: _Optional[int] = ..., fetches_failed: _Optional[_Mapping[str, int]] = ..., lent_blocks: _Optional[int] = ..., lent_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class Timeline(_message.Message):
-    __slots__ = ("queue_s", "prefill_s", "prefill_chunks", "cached_tokens", "handoff_blocks", "handoff_reused_blocks", "handoff_bytes", "handoff_s", "handoff_exposed_s", "prefill_instance", "decode_instance", "attempts", "ttft_s", "migrations", "migration_pause_s", "handoff_hidden_s")
+    __slots__ = ("queue_s", "prefill_s", "prefill_chunks", "cached_tokens", "handoff_blocks", "handoff_reused_blocks", "handoff_bytes", "handoff_s", "handoff_exposed_s", "prefill_instance", "decode_instance", "attempts", "ttft_s", "migrations", "migration_pause_s", "handoff_hidden_s", "fetched_tokens", "fetch_source", "fetch_s")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_CHUNKS_FIELD_NUMBER: _ClassVar[int]
@@ -263,6 +284,9 @@ class Timeline(_message.Message):
     MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
     MIGRATION_PAUSE_S_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_s: float
     prefill_chunks: int
@@ -279,4 +303,7 @@ class Timeline(_message.Message):
     migrations: int
     migration_pause_s: float
     handoff_hidden_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., prefill_chunks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., handoff_blocks: _Optional[int] = ..., handoff_reused_blocks: _Optional[int] = ..., handoff_bytes: _Optional[int] = ..., handoff_s: _Optional[float] = ..., handoff_exposed_s: _Optional[float] = ..., prefill_instance: _Optional[str] = ..., decode_instance: _Optional[str] = ..., attempts: _Optional[int] = ..., ttft_s: _Optional[float] = ..., migrations: _Optional[int] = ..., migration_pause_s: _Optional[float] = ..., handoff_hidden_s: _Optional[float] = ...) -> None: ...
+    fetched_tokens: int
+    fetch_source: str
+    fetch_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., prefill_chunks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., handoff_blocks: _Optional[int] = ..., handoff_reused_blocks: _Optional[int] = ..., handoff_bytes: _Optional[int] = ..., handoff_s: _Optional[float] = ..., handoff_exposed_s: _Optional[float] = ..., prefill_instance: _Optional[str] = ..., decode_instance: _Optional[str] = ..., attempts: _Optional[int] = ..., ttft_s: _Optional[float] = ..., migrations: _Optional[int] = ..., migration_pause_s: _Optional[float] = ..., handoff_hidden_s: _Optional[float] = ..., fetched_tokens: _Optional[int] = ..., fetch_source: _Optional[str] = ..., fetch_s: _Optional[float] = ...) -> None: ...

@@ -189,3 +189,170 @@ class KvTransfer:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class PrefixTransferStub:
+    """The same calls for cached blocks of a prompt that the target is about to compute: whole blocks, no tokens, no change of the
+    holder. Capabilities are signed apart: that of one service opens nothing at the other. An Open of no blocks says that the
+    source has none (any more); its reply is empty.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Open = channel.unary_unary(
+                '/autan.v1.PrefixTransfer/Open',
+                request_serializer=autan_dot_v1_dot_kv__pb2.OpenRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_kv__pb2.OpenReply.FromString,
+                _registered_method=True)
+        self.Push = channel.stream_stream(
+                '/autan.v1.PrefixTransfer/Push',
+                request_serializer=autan_dot_v1_dot_kv__pb2.PushFrame.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_kv__pb2.PushReply.FromString,
+                _registered_method=True)
+        self.Close = channel.unary_unary(
+                '/autan.v1.PrefixTransfer/Close',
+                request_serializer=autan_dot_v1_dot_kv__pb2.CloseRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_kv__pb2.CloseReply.FromString,
+                _registered_method=True)
+
+
+class PrefixTransferServicer:
+    """The same calls for cached blocks of a prompt that the target is about to compute: whole blocks, no tokens, no change of the
+    holder. Capabilities are signed apart: that of one service opens nothing at the other. An Open of no blocks says that the
+    source has none (any more); its reply is empty.
+    """
+
+    def Open(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Push(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Close(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PrefixTransferServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Open': grpc.unary_unary_rpc_method_handler(
+                    servicer.Open,
+                    request_deserializer=autan_dot_v1_dot_kv__pb2.OpenRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_kv__pb2.OpenReply.SerializeToString,
+            ),
+            'Push': grpc.stream_stream_rpc_method_handler(
+                    servicer.Push,
+                    request_deserializer=autan_dot_v1_dot_kv__pb2.PushFrame.FromString,
+                    response_serializer=autan_dot_v1_dot_kv__pb2.PushReply.SerializeToString,
+            ),
+            'Close': grpc.unary_unary_rpc_method_handler(
+                    servicer.Close,
+                    request_deserializer=autan_dot_v1_dot_kv__pb2.CloseRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_kv__pb2.CloseReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'autan.v1.PrefixTransfer', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('autan.v1.PrefixTransfer', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class PrefixTransfer:
+    """The same calls for cached blocks of a prompt that the target is about to compute: whole blocks, no tokens, no change of the
+    holder. Capabilities are signed apart: that of one service opens nothing at the other. An Open of no blocks says that the
+    source has none (any more); its reply is empty.
+    """
+
+    @staticmethod
+    def Open(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/autan.v1.PrefixTransfer/Open',
+            autan_dot_v1_dot_kv__pb2.OpenRequest.SerializeToString,
+            autan_dot_v1_dot_kv__pb2.OpenReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Push(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/autan.v1.PrefixTransfer/Push',
+            autan_dot_v1_dot_kv__pb2.PushFrame.SerializeToString,
+            autan_dot_v1_dot_kv__pb2.PushReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Close(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/autan.v1.PrefixTransfer/Close',
+            autan_dot_v1_dot_kv__pb2.CloseRequest.SerializeToString,
+            autan_dot_v1_dot_kv__pb2.CloseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

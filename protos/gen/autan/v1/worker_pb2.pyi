@@ -83,3 +83,49 @@ class WorkerDiagnoseRequest(_message.Message):
     sink_address: str
     timeout_s: float
     def __init__(self, peers: _Optional[_Iterable[_Union[PeerAddress, _Mapping]]] = ..., sink_address: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class WatchCacheRequest(_message.Message):
+    __slots__ = ("incarnation", "after_event")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    AFTER_EVENT_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    after_event: int
+    def __init__(self, incarnation: _Optional[int] = ..., after_event: _Optional[int] = ...) -> None: ...
+
+class CacheNews(_message.Message):
+    __slots__ = ("incarnation", "snapshot", "events")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    snapshot: CacheSnapshot
+    events: CacheEvents
+    def __init__(self, incarnation: _Optional[int] = ..., snapshot: _Optional[_Union[CacheSnapshot, _Mapping]] = ..., events: _Optional[_Union[CacheEvents, _Mapping]] = ...) -> None: ...
+
+class CacheSnapshot(_message.Message):
+    __slots__ = ("event", "names", "first", "last")
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    event: int
+    names: bytes
+    first: bool
+    last: bool
+    def __init__(self, event: _Optional[int] = ..., names: _Optional[bytes] = ..., first: _Optional[bool] = ..., last: _Optional[bool] = ...) -> None: ...
+
+class CacheEvents(_message.Message):
+    __slots__ = ("first_event", "changes")
+    FIRST_EVENT_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    first_event: int
+    changes: _containers.RepeatedCompositeFieldContainer[CacheChange]
+    def __init__(self, first_event: _Optional[int] = ..., changes: _Optional[_Iterable[_Union[CacheChange, _Mapping]]] = ...) -> None: ...
+
+class CacheChange(_message.Message):
+    __slots__ = ("stored", "removed")
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    stored: bytes
+    removed: bytes
+    def __init__(self, stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ...) -> None: ...

@@ -66,6 +66,11 @@ class WorkerStub:
                 request_serializer=autan_dot_v1_dot_worker__pb2.WorkerDiagnoseRequest.SerializeToString,
                 response_deserializer=autan_dot_v1_dot_audit__pb2.SelfReport.FromString,
                 _registered_method=True)
+        self.WatchCache = channel.unary_stream(
+                '/autan.v1.Worker/WatchCache',
+                request_serializer=autan_dot_v1_dot_worker__pb2.WatchCacheRequest.SerializeToString,
+                response_deserializer=autan_dot_v1_dot_worker__pb2.CacheNews.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -114,6 +119,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchCache(self, request, context):
+        """Which KV blocks are cached here, by name: a snapshot, or what changed since an event, and from then on every change.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -146,6 +158,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Diagnose,
                     request_deserializer=autan_dot_v1_dot_worker__pb2.WorkerDiagnoseRequest.FromString,
                     response_serializer=autan_dot_v1_dot_audit__pb2.SelfReport.SerializeToString,
+            ),
+            'WatchCache': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCache,
+                    request_deserializer=autan_dot_v1_dot_worker__pb2.WatchCacheRequest.FromString,
+                    response_serializer=autan_dot_v1_dot_worker__pb2.CacheNews.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -311,6 +328,33 @@ class Worker:
             '/autan.v1.Worker/Diagnose',
             autan_dot_v1_dot_worker__pb2.WorkerDiagnoseRequest.SerializeToString,
             autan_dot_v1_dot_audit__pb2.SelfReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/autan.v1.Worker/WatchCache',
+            autan_dot_v1_dot_worker__pb2.WatchCacheRequest.SerializeToString,
+            autan_dot_v1_dot_worker__pb2.CacheNews.FromString,
             options,
             channel_credentials,
             insecure,
