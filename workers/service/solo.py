@@ -20,6 +20,7 @@ from configs.schema.pools import EngineConfig, ModelConfig
 from protos.contract.errors import EngineFailure
 from workers.engine_api.protocol import Engine
 from workers.engine_api.types import EngineRequest, Phase, SamplingParams
+from workers.engine_api.waiting import WorkWaiter
 from workers.service.build import build_engine
 
 
@@ -59,7 +60,8 @@ def run_alone(engine: Engine, requests: list[SoloRequest]) -> list[list[int]]:
                 request_id=str(index), epoch=1, prompt=tuple(request.prompt), sampling=sampling, phase=Phase.FULL
             )
         )  # fmt: skip
-    while engine.has_work():
+    waiter = WorkWaiter(engine)
+    while waiter.wait():
         result = engine.step()
         for failed in result.failed:
             raise EngineFailure(f"request {failed.request_id}: {failed.message}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from configs.model_card import card_of
 from configs.schema.pools import EngineConfig, ModelConfig
 from protos.contract.errors import ModelError
-from workers.batching.paged_engine import EngineLimits, PagedEngine
+from workers.batching.engine_limits import EngineLimits
+from workers.batching.paged_engine import PagedEngine
 from workers.engine_api.clock import Clock
 from workers.engines.oracle.model import OracleModel
 from workers.engines.oracle.runner import OracleRunner

@@ -10,7 +10,8 @@ import torch
 from configs.model_card import ModelCard, card_of
 from configs.schema.pools import EngineConfig, ModelConfig
 from protos.contract.errors import ModelError
-from workers.batching.paged_engine import EngineLimits, PagedEngine
+from workers.batching.engine_limits import EngineLimits
+from workers.batching.paged_engine import PagedEngine
 from workers.batching.runner import Runner
 from workers.engine_api.protocol import Engine
 from workers.engine_api.types import KvLayout, ModelIdentity
