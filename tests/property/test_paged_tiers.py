@@ -67,10 +67,15 @@ class TieredEngine(RuleBasedStateMachine):
 
     def _boot(self) -> None:
         self.lanes = HandLanes()
-        folder = self.folder if self.disk else None
         self.engine = tiered(
-            MODEL, block_tokens=BLOCK_TOKENS, folder=folder, disk_blocks=self.disk, lanes=self.lanes, clock=self.clock, **self.shape
-        )  # fmt: skip
+            MODEL,
+            block_tokens=BLOCK_TOKENS,
+            folder=self.folder if self.disk else None,
+            disk_blocks=self.disk,
+            lanes=self.lanes,
+            clock=self.clock,
+            **self.shape,
+        )
         self.told: set[bytes] = set()
 
     @rule(request_id=st.sampled_from(IDS), prompt=prompts, sampling=samplings, salt=st.sampled_from([b"", b"", b"x"]))

@@ -275,12 +275,6 @@ class PagedEngine(PrefixExchange):
             self._settle()
             return self._ledger.drain_events()
 
-    def known_names(self) -> set[bytes]:
-        """The names of all full blocks that the pool or a lower tier has."""
-        with self._lock:
-            self._settle()
-            return self._ledger.names()
-
     def block_owners(self) -> tuple[BlockOwner, ...]:
         with self._lock:
             return self._ledger.owners(self._sequences.values())

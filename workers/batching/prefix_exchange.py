@@ -23,6 +23,15 @@ class PrefixExchange:
     _waiting: list[Sequence]
     _plan: Plan | None
 
+    def _settle(self) -> None:
+        raise NotImplementedError
+
+    def known_names(self) -> set[bytes]:
+        """The names of all full blocks that the pool or a lower tier has."""
+        with self._lock:
+            self._settle()
+            return self._ledger.names()
+
     def match_prefix(self, names: Listing[bytes]) -> int:
         with self._lock:
             return len(self._ledger.match_names(names))

@@ -44,6 +44,7 @@ class Restoring:
         self._room = room
         self._fetches: dict[int, Fetch] = {}
         self._on_way: dict[bytes, Fetch] = {}
+        self._late: set[int] = set()  # given up, but still with the io thread: nothing new is asked of it
         self._rounds: dict[tuple[str, int], int] = {}
 
     def __len__(self) -> int:
@@ -74,12 +75,17 @@ class Restoring:
             return []
         back: list[Sequence] = []
         for job in self._tiers.settle():
+            self._late.discard(job.ticket_id)
             if job.ticket_id in self._fetches:
                 back += self._end(job.ticket_id, job.done)
+        back = [sequence for sequence in back if not self.begin(sequence)]
         now_s = self._now_s()
         for ticket_id in [t for t, fetch in self._fetches.items() if fetch.deadline_s <= now_s]:
+            self._late.add(ticket_id)
             back += self._end(ticket_id, self._fetches[ticket_id].job.cancel())
-        return [sequence for sequence in back if not self._goes_on(sequence)]
+        for sequence in back:
+            self._rounds.pop(sequence.key, None)
+        return back
 
     def forget(self, sequence: Sequence) -> None:
         """The prompt does not wait any more, whatever stage it goes to."""
@@ -105,6 +111,8 @@ class Restoring:
             assert fetch.waiters, "a fetch that nobody waits for"
 
     def _start(self, tiers: CacheTiers, sequence: Sequence, names: list[bytes], num_hits: int) -> Fetch | None:
+        if self._late:
+            return None
         count, compute_s = tiers.worth_fetching(names[num_hits:], num_hits)
         count = min(count, self._room())
         if count <= 0:
@@ -132,9 +140,3 @@ class Restoring:
         for sequence in fetch.waiters:
             sequence.move(SequenceState.WAITING)
         return fetch.waiters
-
-    def _goes_on(self, sequence: Sequence) -> bool:
-        if self.begin(sequence):
-            return True
-        self._rounds.pop(sequence.key, None)
-        return False

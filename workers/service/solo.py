@@ -73,7 +73,8 @@ def run_alone(engine: Engine, requests: list[SoloRequest]) -> list[list[int]]:
 def main() -> None:
     """Reads a job from stdin, writes the outputs to stdout."""
     job = SoloJob.model_validate_json(sys.stdin.read())
-    engine = build_engine(job.model, job.engine, Path(job.model_dir) if job.model_dir else None)
+    alone = job.engine.model_copy(update={"disk_cache": None})  # its folder belongs to a worker
+    engine = build_engine(job.model, alone, Path(job.model_dir) if job.model_dir else None)
     try:
         json.dump({"outputs": run_alone(engine, job.requests)}, sys.stdout)
     finally:

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from tests.contract.driver import a_request, assert_empty, run
-from workers.batching.host_tier import HostTier
 from workers.batching.engine_limits import EngineLimits
+from workers.batching.host_tier import HostTier
 from workers.batching.paged_engine import PagedEngine
 from workers.engine_api.types import SamplingParams
 from workers.engines.oracle.model import OracleModel
