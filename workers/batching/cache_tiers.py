@@ -2,7 +2,7 @@
 
 Everything here runs under the engine's lock and never waits: bytes move on io threads (`tier_jobs`), and `settle` takes in
 what they did. The one copy that the engine's thread makes itself is that of a block which is evicted before `copy_ahead`
-had it copied.
+had it copied, and of those only so many in one go.
 
 A name is held while host memory or the disk has it whole. When the last of them loses it, `on_gone` hears of it.
 """
@@ -25,8 +25,11 @@ from workers.engine_api.clock import Clock
 MAX_STORE_BYTES = 64 * 1024 * 1024
 """What may be on its way to host memory and disk at one time."""
 
-AHEAD_BLOCKS = 32
+AHEAD_BLOCKS = 256
 """So many of the blocks that are evicted next are copied ahead, once no more than that are free."""
+
+MAX_SYNC_BYTES = 16 * 1024 * 1024
+"""What the engine's thread copies itself in one go; blocks beyond that are lost rather than that everybody waits."""
 
 _HOST_GUESS_S_PER_BYTE, _HOST_GUESS_S = 1 / 4e9, 20e-6
 _DISK_GUESS_S_PER_BYTE, _DISK_GUESS_S = 1 / 0.5e9, 100e-6
@@ -60,6 +63,7 @@ class CacheTiers:
         self._uses: dict[bytes, int] = {}  # of blocks in the pool, by prompts
         self._copying: dict[bytes, CopyOut] = {}
         self._store_bytes = 0
+        self._sync_bytes = 0  # copied by the engine's thread since `settle`
         self._queued_s = 0.0  # what the fetches on their way are predicted to take
         self._opening = False
         self._on_gone: Callable[[bytes], None] = lambda name: None
@@ -105,7 +109,10 @@ class CacheTiers:
         copy = self._copying.pop(name, None)
         if copy is not None:
             copy.void = True
-        if not self.holds(name) and self.host.save(name, block_id, block.parent, block.depth, self._uses[name]):
+        may_copy = not self._sync_bytes or self._sync_bytes + self._block_bytes <= MAX_SYNC_BYTES
+        wanted = may_copy and not self.holds(name)
+        if wanted and self.host.save(name, block_id, block.parent, block.depth, self._uses[name]):
+            self._sync_bytes += self._block_bytes
             self.counters.sync_copies += 1
             self._offer_to_disk(block)
         del self._uses[name]
@@ -114,7 +121,7 @@ class CacheTiers:
         """Copies what the pool evicts next while it is still there, so that the eviction itself costs nothing."""
         if pool.free > AHEAD_BLOCKS:
             return
-        for block_id in pool.next_out(AHEAD_BLOCKS):
+        for block_id in pool.next_out(min(AHEAD_BLOCKS, max(1, self.host.capacity // 2))):
             name = name_of(block_id)
             if self.holds(name) or not self._may_store():
                 continue
@@ -180,6 +187,7 @@ class CacheTiers:
 
     def settle(self) -> list[FetchIn]:
         """Takes in what the io threads did since the last call; returns the fetches among it."""
+        self._sync_bytes = 0
         fetches: list[FetchIn] = []
         for job in self._lanes.done():
             match job:

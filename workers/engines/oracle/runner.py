@@ -38,7 +38,8 @@ class OracleRunner:
         self._layout = model.layout(block_tokens)
         self._pool: Words = np.zeros((num_blocks, model.num_layers, block_tokens, model.words), dtype="<u8")
         self._by_layer = self._pool.reshape(num_blocks * model.num_layers, block_tokens * model.words)
-        self._bytes = self._pool.view(np.uint8).reshape(-1).data
+        self._flat = self._pool.view(np.uint8).reshape(-1)
+        self._bytes = self._flat.data
         self._first: Words = np.array([model.key], dtype=np.uint64)  # the chain before position 0
         self._layer_index = np.arange(model.num_layers)[:, None]
         self._prefill_tokens_per_s = prefill_tokens_per_s
@@ -85,7 +86,8 @@ class OracleRunner:
     def write_block(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> None:
         start, _ = self._span(block_id, group)
         start += offset_bytes
-        self._bytes[start : start + data.nbytes] = data.cast("B")
+        # Through numpy: it lets other threads run meanwhile.
+        self._flat[start : start + data.nbytes] = np.frombuffer(data, dtype=np.uint8)
 
     def close(self) -> None:
         """Nothing to free: the pool goes with the runner, and views of it stay valid."""

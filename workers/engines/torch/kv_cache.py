@@ -97,7 +97,8 @@ class KvCache:
             raise BadFrame(f"block {block_id} group {group}: {data.nbytes} bytes at {offset_bytes} do not fit its {size} bytes")
         start += offset_bytes
         if self._bytes is not None:
-            self._bytes[start : start + data.nbytes] = data.cast("B")
+            # Through numpy: it lets other threads run meanwhile.
+            np.frombuffer(self._bytes, dtype=np.uint8)[start : start + data.nbytes] = np.frombuffer(data, dtype=np.uint8)
             return
         flat = self._rows.view(torch.uint8).flatten()
         source = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())

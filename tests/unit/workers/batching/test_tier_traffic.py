@@ -281,7 +281,7 @@ def test_the_budget_and_the_modes_of_the_files(world: World, tmp_path: Path) -> 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_traffic_with_late_io_and_damaged_files(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
-    world = World(tmp_path / "kv", host_blocks=rng.randrange(4, 12), disk_blocks=rng.randrange(8, 40))
+    world = World(tmp_path / "kv", host_blocks=rng.randrange(4, 12), disk_blocks=rng.randrange(30, 60))
     for turn in range(120):
         world.serve(rng.randrange(8))
         if turn % 5 == 4:
