@@ -1,4 +1,4 @@
-"""The oracle engine keeps the contract with host memory and a disk below its pool, io threads and all."""
+"""The oracle engine keeps the contract with host memory and a disk below its pool."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.contract.engine_contract import EngineContract
 from tests.contract.engine_handoff_contract import HandOffContract
 from tests.contract.engine_move_contract import MoveContract
 from tests.contract.engine_prefix_contract import PrefixContract
-from tests.support.tier_world import tiered
+from tests.support.tier_world import InlineLanes, tiered
 from workers.batching.engine_limits import EngineLimits
 from workers.batching.paged_engine import PagedEngine
 from workers.engine_api.clock import SystemClock
@@ -24,7 +24,7 @@ from workers.engines.oracle.reference import expected_tokens
 from workers.engines.oracle.runner import OracleRunner
 
 MODEL = OracleModel("contract", context_tokens=512)
-HOST_BLOCKS, DISK_BLOCKS = 12, 40
+HOST_BLOCKS, DISK_BLOCKS = 3, 5
 
 
 @pytest.fixture
@@ -54,6 +54,7 @@ def tiered_engine(shape: EngineShape, folder: Path) -> PagedEngine:
         host_blocks=HOST_BLOCKS,
         folder=folder,
         disk_blocks=DISK_BLOCKS,
+        lanes=InlineLanes(),
         clock=SystemClock(),
         max_batch_tokens=shape.max_batch_tokens,
         max_running=shape.max_running,

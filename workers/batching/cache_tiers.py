@@ -188,21 +188,22 @@ class CacheTiers:
     def settle(self) -> list[FetchIn]:
         """Takes in what the io threads did since the last call; returns the fetches among it."""
         self._sync_bytes = 0
-        fetches: list[FetchIn] = []
-        for job in self._lanes.done():
-            match job:
-                case CopyOut():
-                    self._copied(job)
-                case WriteOut():
-                    self._written(job)
-                case OpenFiles():
-                    self._opened(job)
-                case FetchIn():
-                    self._fetched(job)
-                    fetches.append(job)
-                case _:
-                    raise AssertionError(f"no outcome is known for {job!r}")
         self._open_disk()
+        fetches: list[FetchIn] = []
+        while jobs := self._lanes.done():
+            for job in jobs:
+                match job:
+                    case CopyOut():
+                        self._copied(job)
+                    case WriteOut():
+                        self._written(job)
+                    case OpenFiles():
+                        self._opened(job)
+                    case FetchIn():
+                        self._fetched(job)
+                        fetches.append(job)
+                    case _:
+                        raise AssertionError(f"no outcome is known for {job!r}")
         return fetches
 
     def check_integrity(self, in_pool: set[bytes]) -> None:

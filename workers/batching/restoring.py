@@ -16,7 +16,7 @@ from workers.batching.ledger import BlockLedger
 from workers.batching.sequence import Sequence, SequenceState
 from workers.batching.tier_jobs import FetchIn
 
-LEAST_PATIENCE_S = 0.25
+LEAST_PATIENCE_S = 0.5
 MOST_PATIENCE_S = 10.0
 MAX_ROUNDS = 3
 """Fetches that one prompt waits for, one after the other: its own, and those of prompts that begin alike."""

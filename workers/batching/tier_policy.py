@@ -79,9 +79,9 @@ class Pace:
         self.block_s = guess_s
 
     def observe(self, blocks: int, took_s: float) -> None:
-        """So many blocks took so long together. No time at all is no news."""
+        """So many blocks took so long together. No time at all is no news, and one slow turn is not the pace of the device."""
         if blocks > 0 and took_s > 0:
-            self.block_s += 0.2 * (took_s / blocks - self.block_s)
+            self.block_s += 0.2 * (min(took_s / blocks, 4 * self.block_s) - self.block_s)
 
 
 class ReuseRate:
