@@ -21,6 +21,8 @@ class WorkerSpec(Section):
     `handoff_keys_file` holds the keys of capabilities (protos/contract/capability.py), read again when it changes; none:
     hand-offs are taken without a capability, which is for bare workers in tests.
 
+    `cache_dir` is the folder on the worker's node below which `engine.disk_cache` has its files when it names no path.
+
     `failpoints` is for tests only and empty in production: `{"handoff.mid_push#3": "kill"}` ends the process at the third
     pass of that point. Points and actions are in workers/service/failpoints.py.
     """
@@ -42,4 +44,5 @@ class WorkerSpec(Section):
     node_address: str | None = None
     store_timeout_s: Seconds = 1.0
     handoff_keys_file: str | None = None
+    cache_dir: str | None = None
     failpoints: dict[str, str] = Field(default_factory=dict)

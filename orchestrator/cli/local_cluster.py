@@ -134,6 +134,7 @@ class LocalCluster:
             model_dir=self.model_dir,
             failpoints=self._failpoints,
             handoff_keys_file=self.run_dir.handoff_keys,
+            cache_dir=self.run_dir.cache,
         )
         await self.fleet.start(self._progress)
         self._run("fleet", self.fleet.keep_watch())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -43,11 +43,24 @@ def instance_json(one: admin.InstanceStatus) -> dict[str, Any]:
             "free": one.stats.free_blocks,
             "cached": one.stats.cached_blocks,
             "host": one.stats.host_blocks,
+            "disk": one.stats.disk_blocks,
             "reserved": one.reserved_blocks,
             "leaked": one.stats.leaked_blocks,
         },
         "counters": counters(one.stats),
         "fetches_failed": {reason: int(count) for reason, count in sorted(one.stats.fetches_failed.items())},
+        "tiers": {
+            "host_bytes": one.stats.host_bytes,
+            "disk_bytes": one.stats.disk_bytes,
+            "hit_tokens": {
+                "device": max(0, one.stats.prefix_hit_tokens - one.stats.host_restored_tokens - one.stats.disk_restored_tokens),
+                "host": one.stats.host_restored_tokens,
+                "disk": one.stats.disk_restored_tokens,
+            },
+            "corrupt_blocks": one.stats.corrupt_blocks,
+            "errors": one.stats.tier_errors,
+            "off_reason": one.stats.tier_off_reason or None,
+        },
         "expert_visits": list(one.stats.expert_visits),
         "apart_from": one.apart_from or None,
         "differing": list(one.differing),
@@ -68,9 +81,12 @@ def move_json(one: admin.MoveRecord) -> dict[str, Any]:
     }
 
 
+_TEXTS = frozenset({"tier_off_reason"})
+
+
 def counters(stats: common.InstanceStats) -> dict[str, int]:
     """Every single number that a worker reports, by field name."""
-    fields = (field.name for field in stats.DESCRIPTOR.fields if not field.is_repeated)
+    fields = (field.name for field in stats.DESCRIPTOR.fields if not field.is_repeated and field.name not in _TEXTS)
     return {name: int(getattr(stats, name)) for name in fields}
 
 
@@ -120,6 +136,22 @@ def status_json(reply: admin.StatusReply) -> dict[str, Any]:
     }
 
 
+def print_tiers(instances: Iterable[admin.InstanceStatus]) -> None:
+    """One line for each instance that keeps blocks below its pool, and why its disk is off."""
+    for one in instances:
+        stats = one.stats
+        if stats.host_blocks or stats.disk_blocks or stats.host_restored_tokens or stats.disk_restored_tokens:
+            text = (
+                f"{one.instance_id} keeps {stats.host_blocks} KV blocks in host memory ({stats.host_bytes / 1e9:.2f} GB) and "
+                f"{stats.disk_blocks} on disk ({stats.disk_bytes / 1e9:.2f} GB); brought back {stats.host_restored_tokens} and "
+                f"{stats.disk_restored_tokens} tokens, dropped {stats.corrupt_blocks} corrupt blocks"
+            )
+            stdout.print(text, markup=False)
+        if stats.tier_off_reason:
+            text = f"{one.instance_id} writes nothing to its disk cache ({stats.tier_errors} errors): {stats.tier_off_reason}"
+            stdout.print(text, markup=False)
+
+
 def status(cluster: Cluster = None, timeout: Timeout = 10.0, as_json: Json = False) -> None:
     """Show instances, KV blocks and request totals."""
     reply = with_client(lambda client: client.status(), cluster, timeout)
@@ -154,6 +186,7 @@ def status(cluster: Cluster = None, timeout: Timeout = 10.0, as_json: Json = Fal
     fetched = fetches_text([one.stats for one in reply.instances])
     if fetched:
         stdout.print(fetched, markup=False)
+    print_tiers(reply.instances)
     for one in reply.instances:
         if one.apart_from:
             text = f"{one.instance_id} gets no work: it differs from {one.apart_from}: {'; '.join(one.differing)}"

@@ -33,6 +33,7 @@ def groups_of(
     model_dir: Path | None = None,
     failpoints: Mapping[str, Mapping[str, str]] | None = None,
     handoff_keys_file: Path | None = None,
+    cache_dir: Path | None = None,
 ) -> list[InstanceGroup]:
     """Every instance of every pool, named `<pool>-<index>`, in the order of the file. `failpoints` by instance, for tests."""
     return [
@@ -54,6 +55,7 @@ def groups_of(
                     scheduling=config.scheduling,
                     store_timeout_s=config.store.timeout_s,
                     handoff_keys_file=str(handoff_keys_file) if handoff_keys_file is not None else None,
+                    cache_dir=str(cache_dir) if cache_dir is not None else None,
                     failpoints=dict((failpoints or {}).get(instance_id, {})),
                 )
                 for rank in range(pool.ranks)
@@ -85,6 +87,7 @@ class Fleet:
         model_dir: Path | None = None,
         failpoints: Mapping[str, Mapping[str, str]] | None = None,
         handoff_keys_file: Path | None = None,
+        cache_dir: Path | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.groups = {
@@ -95,6 +98,7 @@ class Fleet:
                 model_dir=model_dir,
                 failpoints=failpoints,
                 handoff_keys_file=handoff_keys_file,
+                cache_dir=cache_dir,
             )
         }
         self._launcher = launcher

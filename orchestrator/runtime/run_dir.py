@@ -51,6 +51,11 @@ class RunDir:
         """Keys of the capabilities of hand-offs, see protos.contract.capability."""
         return self.path / "handoff.keys"
 
+    @property
+    def cache(self) -> Path:
+        """Folder of the disk caches of workers on this machine."""
+        return self.path / "kv"
+
     def acquire(self) -> None:
         """Makes the folders and takes the lock; the lock goes with the process, however it ends.
 

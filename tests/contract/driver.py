@@ -18,6 +18,7 @@ from workers.engine_api.types import (
     SamplingParams,
     StepResult,
 )
+from workers.engine_api.waiting import WorkWaiter
 
 MAX_STEPS = 5000
 
@@ -74,11 +75,11 @@ class Outputs(dict[str, Output]):
 
 def run(engine: Engine, requests: Iterable[EngineRequest] = (), *, steps: int | None = None) -> Outputs:
     """Adds the requests and steps until nothing is left to run, or at most `steps` times. Checks integrity on the way."""
-    outputs = Outputs()
+    outputs, waiter = Outputs(), WorkWaiter(engine)
     for request in requests:
         engine.add(request)
     for _ in range(MAX_STEPS if steps is None else steps):
-        if not engine.has_work():
+        if not waiter.wait():
             assert engine.step() == StepResult(), "an engine without work ran something"
             return outputs
         result = engine.step()

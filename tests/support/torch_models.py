@@ -15,6 +15,7 @@ from configs.schema.pools import EngineConfig, ModelConfig
 from workers.batching.runner import Sampled, Slice
 from workers.engine_api.protocol import Engine
 from workers.engine_api.types import EngineRequest, FinishReason, Phase, SamplingParams, TokenOut
+from workers.engine_api.waiting import WorkWaiter
 from workers.engines.torch.build import create_engine, create_runner
 from workers.engines.torch.runner import TorchRunner
 
@@ -113,8 +114,9 @@ def run_all(engine: Engine, requests: Sequence[EngineRequest], max_steps: int = 
 
 def collect(engine: Engine, next_index: dict[str, int], max_steps: int = 5000) -> dict[str, list[int]]:
     tokens: dict[str, list[int]] = {name: [] for name in next_index}
+    waiter = WorkWaiter(engine)
     for _ in range(max_steps):
-        if not engine.has_work():
+        if not waiter.wait():
             return tokens
         result = engine.step()
         assert not result.failed, result.failed

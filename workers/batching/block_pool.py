@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 from protos.contract.errors import OutOfBlocks
 
@@ -99,6 +100,10 @@ class BlockPool:
                     self._idle[block_id] = None
                 else:
                     self._free.append(block_id)
+
+    def next_out(self, count: int) -> list[int]:
+        """The cached blocks that are evicted next, at most so many."""
+        return list(islice(self._idle, count))
 
     def keep(self, block_id: int) -> None:
         """From now on the content of this referenced block outlives its owners, until it is evicted."""

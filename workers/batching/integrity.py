@@ -15,7 +15,8 @@ def check_stages(sequences: Collection[Sequence], waiting: Listing[Sequence], ru
         assert ages == sorted(set(ages)), f"a queue is not in order of age: {ages}"
     for sequence in sequences:
         _check_one(sequence, waiting=sequence in waiting, running=sequence in running)
-    queued = sum(s.state not in (SequenceState.HELD, SequenceState.IMPORTING) for s in sequences)
+    apart = (SequenceState.HELD, SequenceState.IMPORTING, SequenceState.RESTORING)
+    queued = sum(s.state not in apart for s in sequences)
     assert queued == len(waiting) + len(running), "a queue has a sequence that ended"
 
 
@@ -28,6 +29,9 @@ def _check_one(sequence: Sequence, *, waiting: bool, running: bool) -> None:
     match sequence.state:
         case SequenceState.WAITING:
             assert waiting and not running, f"{name}: not in the right queue"
+            assert not blocks, f"{name}: has blocks while it waits"
+        case SequenceState.RESTORING:
+            assert not running and not waiting, f"{name}: queued"
             assert not blocks, f"{name}: has blocks while it waits"
         case SequenceState.PREFILLING:
             assert running and not waiting, f"{name}: not in the right queue"

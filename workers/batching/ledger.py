@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from protos.contract.errors import OutOfBlocks
 from workers.batching.block_pool import BlockPool
-from workers.batching.host_tier import HostTier
+from workers.batching.cache_tiers import CacheTiers
 from workers.batching.prefix_cache import PrefixCache
 from workers.batching.sequence import Sequence
 from workers.engine_api.types import BlockOwner, CacheEvent, PrefixTicket
@@ -39,10 +39,12 @@ class Loan:
 class BlockLedger:
     """Moves block references between the pool, sequences and pins, and files full blocks in the prefix cache."""
 
-    def __init__(self, num_blocks: int, prefix_cache: bool, tier: HostTier | None = None) -> None:
-        self._cache = PrefixCache()
+    def __init__(self, num_blocks: int, prefix_cache: bool, tiers: CacheTiers | None = None) -> None:
         self._caching = prefix_cache
-        self._tier = tier if prefix_cache else None
+        self._tiers = tiers
+        self._cache = PrefixCache() if tiers is None else PrefixCache(tiers.holds)
+        if tiers is not None:
+            tiers.connect(self._cache.gone, self._cache.found)
         self.pool = BlockPool(num_blocks, self._evict)
         self._loans: dict[int, Loan] = {}
         self._next_loan = 1
@@ -59,33 +61,20 @@ class BlockLedger:
         """As `match`, but leaves at least one token to compute: its logits give the next token."""
         return self.match(sequence, len(sequence.tokens) - 1)
 
-    def restore(self, sequence: Sequence) -> int:
-        """Brings leading blocks of a prompt back from the host's memory, behind those that are cached; returns how many.
+    def used(self, sequence: Sequence, num_blocks: int) -> None:
+        """The sequence starts with so many cached blocks."""
+        if self._tiers is not None:
+            self._tiers.used(sequence.names_of(num_blocks))
 
-        They enter the prefix cache without an owner. As many as there is room for besides the cached ones.
-        """
-        if self._tier is None or not len(self._tier):
-            return 0
-        names = sequence.names_of((len(sequence.tokens) - 1) // sequence.block_tokens)
-        hits = self._cache.match(names)
-        count = self._tier.run(names[len(hits) :])
-        if not count:
-            return 0
-        self.pool.share(hits)
-        fresh = self.pool.allocate(min(count, self.pool.available))
-        restored: list[int] = []
-        try:
-            for name, block_id in zip(names[len(hits) :], fresh, strict=False):
-                # What room was made for may have pushed this very name out.
-                if name in self._cache or not self._tier.load(name, block_id):
-                    break
-                restored.append(block_id)
-            parent = names[len(hits) - 1] if hits else sequence.root
-            for block_id in self._cache.store(parent, names[len(hits) : len(hits) + len(restored)], restored):
-                self.pool.keep(block_id)
-        finally:
-            self.pool.free_blocks(reversed((*hits, *fresh)))
-        return len(restored)
+    def copy_ahead(self) -> None:
+        """Has what is evicted next copied to the tiers below, in the background."""
+        if self._tiers is not None:
+            self._tiers.copy_ahead(self.pool, self._cache.name_of)
+
+    @property
+    def known_names(self) -> int:
+        """Names that the pool or a tier below has."""
+        return self._cache.known_names
 
     def give(self, grants: Listing[Grant]) -> None:
         """Gives empty-handed sequences their cached blocks and as many new ones as make their totals.
@@ -126,9 +115,17 @@ class BlockLedger:
             return
         names = sequence.names_of(full)
         parent = names[first - 1] if first else sequence.root
-        for block_id in self._cache.store(parent, names[first:], sequence.blocks[first:full]):
-            self.pool.keep(block_id)
+        self._file(parent, names[first:], sequence.blocks[first:full], first)
         sequence.num_filed = full
+
+    def _file(self, parent: bytes, names: Listing[bytes], block_ids: Listing[int], first_depth: int) -> int:
+        """Files consecutive full blocks behind `parent` and tells how many are new."""
+        new = self._cache.store(parent, names, block_ids)
+        for block_id in new:
+            self.pool.keep(block_id)
+        if self._tiers is not None:
+            self._tiers.filed(parent, names, first_depth)
+        return len(new)
 
     def pin(self, sequence: Sequence) -> tuple[int, ...]:
         """A second reference on each block of the sequence that has none yet for this key."""
@@ -194,15 +191,17 @@ class BlockLedger:
     def end_borrowing(self, ticket_id: int, num_blocks: int) -> int:
         """Ends an open import: its first `num_blocks` fresh blocks are filed, none keeps an owner. Returns how many are new."""
         loan = self._loans.pop(ticket_id)
-        new = self._cache.store(loan.parent, loan.names[:num_blocks], loan.fresh[:num_blocks])
-        for block_id in new:
-            self.pool.keep(block_id)
+        num_new = self._file(loan.parent, loan.names[:num_blocks], loan.fresh[:num_blocks], len(loan.hits))
         self.pool.free_blocks(reversed((*loan.hits, *loan.fresh)))
-        return len(new)
+        return num_new
 
     def _ticket(self) -> int:
         self._next_loan += 1
         return self._next_loan - 1
+
+    def names(self) -> set[bytes]:
+        """All names that the pool or a tier below has."""
+        return self._cache.names() | (self._tiers.names() if self._tiers is not None else set())
 
     def drain_events(self) -> tuple[CacheEvent, ...]:
         return self._cache.drain_events()
@@ -255,14 +254,18 @@ class BlockLedger:
             have, want = refs.get(block_id, 0), owners[block_id]
             assert have == want, f"block {block_id} has {have} references, {want} are explained"
         assert self.pool.kept() == self._cache.blocks(), "kept blocks and filed blocks differ"
+        names = self.names()
+        assert len(names) == self.known_names, f"{self.known_names} names were told of, {len(names)} are here"
+        if self._tiers is not None:
+            self._tiers.check_integrity(self._cache.names())
         pinned: Counter[int] = Counter()
         for pins in self._pins.values():
             pinned.update(pins.keys())
         assert pinned == self._pinned, "pin counts and pins differ"
 
     def _evict(self, block_id: int) -> None:
-        if self._tier is not None:
-            self._tier.save(self._cache.name_of(block_id), block_id)
+        if self._tiers is not None:
+            self._tiers.evicting(self._cache.name_of(block_id), block_id)
         self._cache.drop(block_id)
 
     def _owners(self, tables: Iterable[list[int]]) -> Counter[int]:

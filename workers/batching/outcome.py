@@ -20,7 +20,6 @@ class Counters:
     prefill_chunks: int = 0
     prefill_tokens: int = 0
     prefix_hit_tokens: int = 0
-    host_restored_tokens: int = 0
     decode_tokens: int = 0
     preemptions: int = 0
 

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import threading
 from bisect import insort
-from collections.abc import Sequence as Listing
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from operator import attrgetter
 
 from protos.contract.block_hash import root_hash
-from protos.contract.errors import BadFrame, InvalidRequest, OutOfBlocks, StaleEpoch
+from protos.contract.errors import InvalidRequest, OutOfBlocks, StaleEpoch
 from workers.batching.admission import check_ahead, check_fits, check_handed_tokens, check_request, check_room
+from workers.batching.cache_tiers import CacheTiers
 from workers.batching.constraint import Constrainer, open_constraint
-from workers.batching.host_tier import HostTier
+from workers.batching.engine_limits import EngineLimits
 from workers.batching.import_gate import ImportGate
 from workers.batching.integrity import check_stages
+from workers.batching.io_lanes import Lanes, ThreadLanes
 from workers.batching.layer_progress import told_by_layers
 from workers.batching.ledger import BlockLedger, Grant
 from workers.batching.outcome import Counters, StepOutcome
+from workers.batching.prefix_exchange import PrefixExchange
+from workers.batching.restoring import Restoring
 from workers.batching.runner import Runner
 from workers.batching.scheduler import Plan, StepLimits, plan
 from workers.batching.sequence import Sequence, SequenceState
 from workers.batching.slicing import slice_of
+from workers.batching.tier_report import observe_step, tier_gauges
+from workers.engine_api.block_files import BlockFiles
+from workers.engine_api.clock import Clock, SystemClock
 from workers.engine_api.protocol import OnLayers
 from workers.engine_api.types import (
     BlockOwner,
@@ -33,7 +40,6 @@ from workers.engine_api.types import (
     ModelIdentity,
     Paused,
     Phase,
-    PrefixTicket,
     StepResult,
 )
 
@@ -41,22 +47,7 @@ _by_age = attrgetter("order")
 _NOTHING = StepResult()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLimits:
-    """Bounds of one step, whether full blocks are shared between sequences with equal prefixes, and how many bytes of
-    evicted ones the host keeps."""
-
-    max_batch_tokens: int
-    max_running: int
-    prefix_cache: bool = True
-    host_cache_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_batch_tokens < 1 or self.max_running < 1:
-            raise ValueError("max_batch_tokens and max_running must be positive")
-
-
-class PagedEngine:
+class PagedEngine(PrefixExchange):
     """Implements `workers.engine_api.protocol.Engine` for every runner; see there for the guarantees.
 
     Blocks for all known tokens are given when a sequence starts, later ones one by one as it decodes. When the pool
@@ -66,14 +57,28 @@ class PagedEngine:
     One lock covers all bookkeeping, so that `stats` is exact from any thread; it is not held while the runner computes.
     """
 
-    def __init__(self, runner: Runner, limits: EngineLimits, constrainer: Constrainer | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        limits: EngineLimits,
+        constrainer: Constrainer | None = None,
+        *,
+        files: BlockFiles | None = None,
+        clock: Clock | None = None,
+        lanes: Lanes | None = None,
+    ) -> None:
         self._runner = runner
         self._constrainer = constrainer
         self._identity = runner.identity
         self._layout = runner.layout
         self._limits = StepLimits(limits.max_batch_tokens, limits.max_running)
-        self._tier = HostTier(runner, limits.host_cache_bytes) if limits.prefix_cache and limits.host_cache_bytes else None
-        self._ledger = BlockLedger(runner.num_blocks, limits.prefix_cache, self._tier)
+        self._clock = clock or SystemClock()
+        self._lanes = lanes or ThreadLanes()
+        self._tiers: CacheTiers | None = None
+        if limits.prefix_cache and limits.host_cache_bytes:
+            self._tiers = CacheTiers(runner, limits.host_cache_bytes, files, self._lanes, self._clock)
+        self._ledger = BlockLedger(runner.num_blocks, limits.prefix_cache, self._tiers)
+        self._restoring = Restoring(self._ledger, self._tiers, self._clock.now_s, self._room_for_fetches)
         self._gate = ImportGate(runner)
         self._lock = threading.Lock()
         self._sequences: dict[str, Sequence] = {}
@@ -97,11 +102,20 @@ class PagedEngine:
             check_request(request, self._identity)
             check_fits(request, self._identity, self._layout.block_tokens, self._ledger.pool.num_blocks)
             sequence = self._enter(request, SequenceState.WAITING)
-            self._counters.host_restored_tokens += self._ledger.restore(sequence) * self._layout.block_tokens
-            self._waiting.append(sequence)
+            self._settle()
+            if not self._restoring.begin(sequence):
+                self._waiting.append(sequence)
 
     def has_work(self) -> bool:
-        return not self._current_plan().empty
+        with self._lock:
+            return not self._current_plan().empty
+
+    def on_wake(self, wake: Callable[[], None]) -> None:
+        self._lanes.on_wake(wake)
+
+    def idle_limit_s(self) -> float | None:
+        with self._lock:
+            return self._restoring.idle_limit_s()
 
     def step(self, on_layers: OnLayers | None = None) -> StepResult:
         with self._lock:
@@ -111,10 +125,13 @@ class PagedEngine:
             self._carry_out(todo)
             batch = [slice_of(sequence, 1) for sequence in todo.decodes]
             batch += [slice_of(chunk.sequence, chunk.count) for chunk in todo.chunks]
+        started_s = self._clock.now_s()
         drawn = self._runner.run(batch, None if on_layers is None else told_by_layers(todo.chunks, on_layers))
         assert len(drawn) == len(batch), f"the runner answered {len(drawn)} of {len(batch)} slices"
         with self._lock:
             self._plan = None
+            if self._tiers is not None:
+                observe_step(self._tiers.cost, todo, self._clock.now_s() - started_s)
             outcome = StepOutcome(self._ledger, self._identity, self._counters)
             for sequence, result in zip(todo.decodes, drawn, strict=False):
                 outcome.decoded(sequence, result)
@@ -124,6 +141,7 @@ class PagedEngine:
                 self._running.remove(sequence)
             for sequence in outcome.ended:
                 self._end(sequence)
+            self._ledger.copy_ahead()
             return outcome.result()
 
     def abort(self, request_id: str, up_to_epoch: int) -> bool:
@@ -231,61 +249,19 @@ class PagedEngine:
     def import_abort(self, request_id: str, epoch: int) -> bool:
         return self._drop_if(request_id, epoch, SequenceState.IMPORTING)
 
-    def match_prefix(self, names: Listing[bytes]) -> int:
-        with self._lock:
-            return len(self._ledger.match_names(names))
-
-    def export_prefix(self, names: Listing[bytes]) -> PrefixTicket:
-        with self._lock:
-            self._plan = None
-            return self._ledger.lend(names)
-
-    def export_prefix_end(self, ticket_id: int) -> bool:
-        with self._lock:
-            self._plan = None
-            return self._ledger.end_lending(ticket_id)
-
-    def import_prefix_begin(self, root: bytes, names: Listing[bytes]) -> PrefixTicket:
-        with self._lock:
-            self._plan = None
-            check_room(len(names) - len(self._ledger.match_names(names)), self._waiting, self._ledger.pool)
-            ticket = self._ledger.borrow(root, names)
-            self._gate.open(ticket.block_ids)
-            return ticket
-
-    def import_prefix_commit(self, ticket_id: int, num_blocks: int) -> int:
-        with self._lock:
-            loan = self._ledger.loan(ticket_id)
-            if loan is None:
-                raise StaleEpoch(f"prefix import {ticket_id} is not open")
-            if not 0 <= num_blocks <= len(loan.fresh):
-                raise BadFrame(f"prefix import {ticket_id}: {num_blocks} of {len(loan.fresh)} blocks")
-            return self._end_prefix_import(ticket_id, num_blocks)
-
-    def import_prefix_abort(self, ticket_id: int) -> bool:
-        with self._lock:
-            known = self._ledger.loan(ticket_id) is not None
-            if known:
-                self._end_prefix_import(ticket_id, 0)
-            return known
-
-    def _end_prefix_import(self, ticket_id: int, num_blocks: int) -> int:
-        loan = self._ledger.loan(ticket_id)
-        assert loan is not None
-        self._plan = None
-        self._gate.close(loan.fresh)
-        return self._ledger.end_borrowing(ticket_id, num_blocks)
-
     def stats(self) -> EngineStats:
         with self._lock:
+            self._settle()
             sequences, pool = self._sequences.values(), self._ledger.pool
             return self._counters.stats(
+                **tier_gauges(self._tiers, self._layout),
+                restoring=len(self._restoring),
+                known_names=self._ledger.known_names,
                 total_blocks=pool.num_blocks,
                 used_blocks=pool.used,
                 cached_blocks=pool.cached,
-                host_blocks=len(self._tier) if self._tier else 0,
                 free_blocks=pool.free,
-                waiting=len(self._waiting),
+                waiting=len(self._waiting) + len(self._restoring),
                 running=len(self._running),
                 holding=sum(s.state is SequenceState.HELD for s in sequences),
                 importing=sum(s.state is SequenceState.IMPORTING for s in sequences),
@@ -295,6 +271,7 @@ class PagedEngine:
 
     def drain_cache_events(self) -> tuple[CacheEvent, ...]:
         with self._lock:
+            self._settle()
             return self._ledger.drain_events()
 
     def block_owners(self) -> tuple[BlockOwner, ...]:
@@ -310,19 +287,34 @@ class PagedEngine:
         with self._lock:
             self._ledger.check_integrity(self._sequences.values())
             check_stages(self._sequences.values(), self._waiting, self._running)
+            self._restoring.check_integrity(self._sequences.values())
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             if self._constrainer is not None:
                 self._constrainer.close()
+            if self._tiers is not None:
+                self._tiers.close()
             self._runner.close()
 
     def _current_plan(self) -> Plan:
         """The plan of the next step; kept until anything changes."""
+        self._settle()
         if self._plan is None:
             self._plan = plan(self._waiting, self._running, self._ledger.pool, self._limits, self._ledger.match_prefill)
         return self._plan
+
+    def _settle(self) -> None:
+        """Prompts whose blocks came back, or are computed after all, wait to be scheduled again."""
+        for sequence in self._restoring.settle():
+            self._plan = None
+            insort(self._waiting, sequence, key=_by_age)
+
+    def _room_for_fetches(self) -> int:
+        """Blocks that a fetch may take: what preempted sequences need, and one for each running one, stays."""
+        owed = sum(sequence.blocks_for_known for sequence in self._waiting if sequence.preempted)
+        return self._ledger.pool.available - owed - len(self._running)
 
     def _carry_out(self, todo: Plan) -> None:
         """Moves blocks and sequences as planned; the runner has not computed yet."""
@@ -336,6 +328,7 @@ class PagedEngine:
             sequence = admission.sequence
             sequence.num_computed = sequence.cached_tokens = len(admission.hits) * self._layout.block_tokens
             self._counters.prefix_hit_tokens += sequence.cached_tokens
+            self._ledger.used(sequence, len(admission.hits))
             sequence.move(SequenceState.PREFILLING)
             insort(self._running, sequence, key=_by_age)
         del self._waiting[: len(todo.admit)]
@@ -382,6 +375,8 @@ class PagedEngine:
         """Ends a sequence in whatever stage."""
         if sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
+        elif sequence.state is SequenceState.RESTORING:
+            self._restoring.forget(sequence)
         elif sequence.state in (SequenceState.PREFILLING, SequenceState.DECODING):
             self._running.remove(sequence)
         self._end(sequence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from workers.engine_api.types import CacheEvent
 
@@ -15,9 +15,14 @@ class PrefixCache:
 
     A name is stored once: the first block to hold the content stays its block. Events are numbered without gaps; when
     nobody drains them the oldest are dropped beyond `MAX_PENDING_EVENTS`, which the numbers show.
+
+    Lower tiers may hold names besides (`elsewhere`): events tell of a name when the first place gets it and when the last one
+    loses it. `known_names` counts the names that are somewhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: Callable[[bytes], bool] = lambda name: False) -> None:
+        self._elsewhere = elsewhere
+        self.known_names = 0
         self._block_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
         self._events: deque[CacheEvent] = deque(maxlen=MAX_PENDING_EVENTS)
@@ -55,8 +60,12 @@ class PrefixCache:
             assert block_id not in self._name_of, f"block {block_id} is filed under another name"
             self._block_of[name] = block_id
             self._name_of[block_id] = name
-            run.append(name)
             new.append(block_id)
+            if self._elsewhere(name):
+                self._announce(parent, run)
+                run, parent = [], name
+            else:
+                run.append(name)
         self._announce(parent, run)
         return new
 
@@ -68,7 +77,24 @@ class PrefixCache:
         """The block is about to hold something else."""
         name = self._name_of.pop(block_id)
         del self._block_of[name]
-        self._removed.append(name)
+        self.gone(name)
+
+    def gone(self, name: bytes) -> None:
+        """A place lost the name; unless there is another one, nobody has it any more."""
+        if name not in self._block_of and not self._elsewhere(name):
+            self.known_names -= 1
+            self._removed.append(name)
+
+    def found(self, parent: bytes, names: Sequence[bytes]) -> None:
+        """A lower tier turns out to have these consecutive names, which no other one has."""
+        run: list[bytes] = []
+        for name in names:
+            if name in self._block_of:
+                self._announce(parent, run)
+                run, parent = [], name
+            else:
+                run.append(name)
+        self._announce(parent, run)
 
     def drain_events(self) -> tuple[CacheEvent, ...]:
         """The changes since the last call, in order."""
@@ -76,6 +102,10 @@ class PrefixCache:
         events = tuple(self._events)
         self._events.clear()
         return events
+
+    def names(self) -> set[bytes]:
+        """All names that are filed."""
+        return set(self._block_of)
 
     def blocks(self) -> set[int]:
         """All blocks that are filed."""
@@ -90,6 +120,7 @@ class PrefixCache:
     def _announce(self, parent: bytes, stored: list[bytes]) -> None:
         if stored:
             self._flush_removed()
+            self.known_names += len(stored)
             self._last_event += 1
             self._events.append(CacheEvent(self._last_event, stored=tuple(stored), parent=parent))
 

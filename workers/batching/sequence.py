@@ -16,6 +16,7 @@ class SequenceState(Enum):
     """Stages of a sequence."""
 
     WAITING = auto()  # no blocks; new, or preempted and to be recomputed
+    RESTORING = auto()  # no blocks; leading ones are on their way from a lower tier into the prefix cache
     PREFILLING = auto()  # has blocks for all known tokens; rows are computed in chunks
     DECODING = auto()  # one known token without a row: the last one
     HELD = auto()  # prefilled for somebody else, or paused to be moved; keeps its blocks until the hand-off is over
@@ -24,7 +25,8 @@ class SequenceState(Enum):
 
 
 TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
-    SequenceState.WAITING: frozenset({SequenceState.PREFILLING, SequenceState.ENDED}),
+    SequenceState.WAITING: frozenset({SequenceState.PREFILLING, SequenceState.RESTORING, SequenceState.ENDED}),
+    SequenceState.RESTORING: frozenset({SequenceState.WAITING, SequenceState.ENDED}),
     SequenceState.PREFILLING: frozenset(
         {SequenceState.DECODING, SequenceState.HELD, SequenceState.WAITING, SequenceState.ENDED}
     ),

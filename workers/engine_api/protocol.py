@@ -68,6 +68,15 @@ class Engine(Protocol):
         """True when a step would run something."""
         ...
 
+    def on_wake(self, wake: Callable[[], None]) -> None:
+        """From now on `wake` is called, from any thread, whenever `has_work` may have become true by itself: blocks of a
+        waiting prompt came back from a lower tier."""
+        ...
+
+    def idle_limit_s(self) -> float | None:
+        """How long who waits for `wake` should wait at most before it asks `has_work` again; None: for good."""
+        ...
+
     def abort(self, request_id: str, up_to_epoch: int) -> bool:
         """Drops the sequence if its epoch is at most `up_to_epoch`, in whatever stage; False when there is none. Idempotent.
 

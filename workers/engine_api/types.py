@@ -241,8 +241,13 @@ class EngineStats:
     used_blocks: int = 0  # referenced
     cached_blocks: int = 0  # unreferenced, kept for their prefix
     host_blocks: int = 0  # kept in the host's memory
+    host_bytes: int = 0
+    disk_blocks: int = 0
+    disk_bytes: int = 0
+    known_names: int = 0  # full blocks by content that the pool or a tier below has
     free_blocks: int = 0
     waiting: int = 0
+    restoring: int = 0  # of the waiting ones: blocks are on their way from lower tiers
     running: int = 0
     holding: int = 0  # prefilled, KV kept until `release`
     importing: int = 0
@@ -251,6 +256,10 @@ class EngineStats:
     prefill_tokens: int = 0
     prefix_hit_tokens: int = 0
     host_restored_tokens: int = 0  # brought back from the host's memory
+    disk_restored_tokens: int = 0  # brought back from the disk
+    corrupt_blocks: int = 0  # of the disk: did not verify, were dropped and computed again
+    tier_errors: int = 0  # of the disk
+    tier_off_reason: str = ""  # why nothing is written to the disk at present; empty when it works, or there is none
     decode_tokens: int = 0
     preemptions: int = 0
     leaked_blocks: int = 0  # referenced blocks that no sequence owns; 0 or a bug
@@ -261,7 +270,7 @@ class EngineStats:
 class BlockOwner:
     """Somebody who refers to KV blocks of an engine. `kind`: "request" for a sequence, "transfer" for a pin.
 
-    `stage` is that of the sequence (`waiting`, `prefilling`, `decoding`, `held`, `importing`), or `pinned`.
+    `stage` is that of the sequence (`waiting`, `restoring`, `prefilling`, `decoding`, `held`, `importing`), or `pinned`.
     """
 
     kind: str
@@ -273,7 +282,10 @@ class BlockOwner:
 
 @dataclass(frozen=True, slots=True)
 class CacheEvent:
-    """A change of the prefix cache, numbered without gaps from 1: the index of a router can tell that it missed one."""
+    """A change of the prefix cache, numbered without gaps from 1: the index of a router can tell that it missed one.
+
+    A name is stored when the pool or a lower tier of this worker gets it first, and removed when the last of them loses it.
+    """
 
     sequence: int
     stored: tuple[bytes, ...] = ()

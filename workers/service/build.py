@@ -22,19 +22,21 @@ def build_engine(
     model_dir: Path | None,
     progress: LoadWatch = _unwatched,
     memory: PoolMemory | None = None,
+    cache_dir: Path | None = None,
 ) -> Engine:
-    """The engine of this model, its pool in `memory`; `progress` hears how far loading is.
+    """The engine of this model, its pool in `memory`; `progress` hears how far loading is, `cache_dir` is the folder of its
+    disk cache.
 
     Raises ConfigError for a kind that is not here, ModelError for an unusable checkpoint.
     """
     if engine.kind == "oracle":
         from workers.engines.oracle import build as oracle
 
-        return oracle.create_engine(model, engine, memory=memory)
+        return oracle.create_engine(model, engine, memory=memory, cache_dir=cache_dir)
     if engine.kind == "torch":
         from workers.engines.torch import build as torch_build
 
-        return torch_build.create_engine(model, engine, _folder(model, model_dir), progress, memory)
+        return torch_build.create_engine(model, engine, _folder(model, model_dir), progress, memory, cache_dir)
     raise ConfigError(f"engine.kind: {engine.kind} is not available in this build; use oracle or torch")
 
 
@@ -45,10 +47,11 @@ def build_head(
     place: GroupPlace,
     progress: LoadWatch = _unwatched,
     memory: PoolMemory | None = None,
+    cache_dir: Path | None = None,
 ) -> tuple[Engine, GroupDoor | None]:
     """Rank 0's engine and where the other ranks connect, None when they have nothing to compute. Raises as build_engine."""
     if engine.kind != "torch" or place.ranks == 1:
-        return build_engine(model, engine, model_dir, progress, memory), None
+        return build_engine(model, engine, model_dir, progress, memory, cache_dir), None
     from workers.engines.torch import build_group
 
     return build_group.create_head(model, engine, _folder(model, model_dir), place, progress, memory)

@@ -54,6 +54,10 @@ class _Command:
     future: asyncio.Future[Any]
 
 
+class _Wake:
+    """A command that does nothing but look for work."""
+
+
 class EngineThread:
     """Runs one engine. Everything but the thread's own loop is called on the event loop."""
 
@@ -68,7 +72,7 @@ class EngineThread:
         self._on_step = on_step
         self._on_death = on_death
         self._failpoints = failpoints
-        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command | _Wake | None] = queue.SimpleQueue()
         self._unseen = threading.BoundedSemaphore(_MAX_UNSEEN_STEPS)
         self._on_cache: Callable[[tuple[CacheEvent, ...]], None] = _unheard
         self._handing_over: set[RequestKey] = set()  # touched on the engine's thread only
@@ -193,6 +197,7 @@ class EngineThread:
             self._tell(_fail, made, error)
             return
         self._tell(_succeed, made, engine)
+        engine.on_wake(lambda: self._commands.put(_Wake()))
         try:
             while not self._over:
                 self._turn(engine)
@@ -223,13 +228,15 @@ class EngineThread:
                 self._tell(self._see, event)
         else:
             self._busy_since_s = None
-            self._do_next_command(engine, wait=True)
+            self._do_next_command(engine, wait=True, limit_s=engine.idle_limit_s())
 
-    def _do_next_command(self, engine: Engine, wait: bool) -> bool:
+    def _do_next_command(self, engine: Engine, wait: bool, limit_s: float | None = None) -> bool:
         try:
-            command = self._commands.get(block=wait)
+            command = self._commands.get(block=wait, timeout=limit_s)
         except queue.Empty:
             return False
+        if isinstance(command, _Wake):
+            return True
         if command is None:
             self._over = True
             return False
@@ -289,7 +296,7 @@ class EngineThread:
         with suppress(queue.Empty):
             while True:
                 command = self._commands.get_nowait()
-                if command is not None:
+                if isinstance(command, _Command):
                     self._tell(_fail, command.future, EngineFailure("the engine is gone"))
 
     def _tell(self, fn: Callable[..., None], *args: Any) -> None:

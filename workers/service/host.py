@@ -26,7 +26,7 @@ from workers.service.build import build_head, build_share
 from workers.service.engine_thread import EngineThread, StepEvent
 from workers.service.failpoints import Failpoints
 from workers.service.group import GroupFollower, GroupHead, end_of_share, place_of
-from workers.service.identity import card_of, stats_of
+from workers.service.identity import cache_folder, card_of, stats_of
 from workers.service.inbox import Inbox, InboxContext
 from workers.service.lifecycle import BROKEN_CODES, ExitCode, InstanceState
 from workers.service.loading import Loading
@@ -137,7 +137,8 @@ class WorkerHost:
     def _build(self) -> Engine:
         spec = self.spec
         place = place_of(spec, bind_host(spec))
-        engine, self._door = build_head(spec.model, spec.engine, self._model_dir, place, self.loading, self._thread.memory)
+        memory, cache_dir = self._thread.memory, cache_folder(spec)
+        engine, self._door = build_head(spec.model, spec.engine, self._model_dir, place, self.loading, memory, cache_dir)
         return engine
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from configs.worker_spec import WorkerSpec
 from protos.contract.redis_names import PROTOCOL_VERSION
 from protos.wire import common
@@ -9,6 +11,8 @@ from workers.engine_api.protocol import Engine
 from workers.engine_api.types import EngineStats, KvLayout, ModelIdentity
 from workers.kv_transfer.counters import TransferCounters
 from workers.service.prefix_exchange import PrefixExchange
+
+MAX_REASON_CHARS = 256
 
 
 def fingerprint_of(identity: ModelIdentity, layout: KvLayout) -> common.Fingerprint:
@@ -49,6 +53,13 @@ def card_of(spec: WorkerSpec, engine: Engine, address: str) -> common.InstanceCa
     )
 
 
+def cache_folder(spec: WorkerSpec) -> Path | None:
+    """The folder of the instance's disk cache: its own, below the path of the cluster file or of the spec."""
+    disk = spec.engine.disk_cache
+    base = (disk.path if disk is not None else None) or spec.cache_dir
+    return Path(base) / spec.cluster / spec.instance_id if base else None
+
+
 def stats_of(
     stats: EngineStats, counters: TransferCounters, overdue_blocks: int, unacked_tokens: int, prefixes: PrefixExchange
 ) -> common.InstanceStats:
@@ -80,6 +91,14 @@ def stats_of(
         expert_visits=stats.expert_visits,
         host_blocks=stats.host_blocks,
         host_restored_tokens=stats.host_restored_tokens,
+        host_bytes=stats.host_bytes,
+        disk_blocks=stats.disk_blocks,
+        disk_bytes=stats.disk_bytes,
+        disk_restored_tokens=stats.disk_restored_tokens,
+        corrupt_blocks=stats.corrupt_blocks,
+        tier_errors=stats.tier_errors,
+        tier_off_reason=stats.tier_off_reason[:MAX_REASON_CHARS],
+        restoring=stats.restoring,
     )
     prefixes.report(found)
     return found

@@ -20,6 +20,7 @@ from configs.schema.pools import EngineConfig, ModelConfig
 from protos.contract.errors import EngineFailure
 from workers.engine_api.protocol import Engine
 from workers.engine_api.types import EngineRequest, Phase, SamplingParams
+from workers.engine_api.waiting import WorkWaiter
 from workers.service.build import build_engine
 
 
@@ -59,7 +60,8 @@ def run_alone(engine: Engine, requests: list[SoloRequest]) -> list[list[int]]:
                 request_id=str(index), epoch=1, prompt=tuple(request.prompt), sampling=sampling, phase=Phase.FULL
             )
         )  # fmt: skip
-    while engine.has_work():
+    waiter = WorkWaiter(engine)
+    while waiter.wait():
         result = engine.step()
         for failed in result.failed:
             raise EngineFailure(f"request {failed.request_id}: {failed.message}")
@@ -71,7 +73,8 @@ def run_alone(engine: Engine, requests: list[SoloRequest]) -> list[list[int]]:
 def main() -> None:
     """Reads a job from stdin, writes the outputs to stdout."""
     job = SoloJob.model_validate_json(sys.stdin.read())
-    engine = build_engine(job.model, job.engine, Path(job.model_dir) if job.model_dir else None)
+    alone = job.engine.model_copy(update={"disk_cache": None})  # its folder belongs to a worker
+    engine = build_engine(job.model, alone, Path(job.model_dir) if job.model_dir else None)
     try:
         json.dump({"outputs": run_alone(engine, job.requests)}, sys.stdout)
     finally:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from configs.model_card import card_of
 from configs.schema.pools import EngineConfig, ModelConfig
 from protos.contract.errors import ModelError
-from workers.batching.paged_engine import EngineLimits, PagedEngine
+from workers.batching.engine_limits import EngineLimits
+from workers.batching.paged_engine import PagedEngine
 from workers.engine_api.clock import Clock
 from workers.engine_api.pool_memory import PoolMemory
 from workers.engines.oracle.model import OracleModel
 from workers.engines.oracle.runner import OracleRunner
+from workers.kv_tiers.build import disk_files
 
 
 def oracle_model(model: ModelConfig) -> OracleModel:
@@ -23,9 +27,16 @@ def oracle_model(model: ModelConfig) -> OracleModel:
 
 
 def create_engine(
-    model: ModelConfig, engine: EngineConfig, clock: Clock | None = None, memory: PoolMemory | None = None
+    model: ModelConfig,
+    engine: EngineConfig,
+    clock: Clock | None = None,
+    memory: PoolMemory | None = None,
+    cache_dir: Path | None = None,
 ) -> PagedEngine:
-    """An engine ready to work; costs are charged to `clock`, the machine's if none is given. The pool is in `memory`."""
+    """An engine ready to work; costs are charged to `clock`, the machine's if none is given. The pool is in `memory`.
+
+    `cache_dir` is the folder of its disk cache. Raises ConfigError for one that could hold nothing.
+    """
     runner = OracleRunner(
         oracle_model(model),
         num_blocks=engine.num_blocks,
@@ -41,4 +52,5 @@ def create_engine(
         prefix_cache=engine.prefix_cache,
         host_cache_bytes=int(engine.host_cache_gb * 1e9),
     )
-    return PagedEngine(runner, limits)
+    files = disk_files(engine, cache_dir, runner.identity, runner.layout)
+    return PagedEngine(runner, limits, files=files, clock=clock)

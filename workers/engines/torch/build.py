@@ -10,7 +10,8 @@ import torch
 from configs.model_card import ModelCard, card_of
 from configs.schema.pools import EngineConfig, ModelConfig
 from protos.contract.errors import ModelError
-from workers.batching.paged_engine import EngineLimits, PagedEngine
+from workers.batching.engine_limits import EngineLimits
+from workers.batching.paged_engine import PagedEngine
 from workers.batching.runner import Runner
 from workers.engine_api.pool_memory import PoolMemory
 from workers.engine_api.protocol import Engine
@@ -27,6 +28,7 @@ from workers.engines.torch.steps import EagerSteps, Steps
 from workers.engines.torch.weights import weights_digest
 from workers.grammar.matching import LlguidanceConstrainer
 from workers.grammar.vocabulary import vocabulary_of
+from workers.kv_tiers.build import disk_files
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,14 +39,15 @@ def create_engine(
     model_dir: Path,
     progress: Progress = silent,
     memory: PoolMemory | None = None,
+    cache_dir: Path | None = None,
 ) -> Engine:
     """Loads the checkpoint, with progress, and returns an engine that is ready to step.
 
     `engine.threads` sets torch's threads for the whole process. Raises ModelError, naming the key or the tensor, when
-    the checkpoint cannot be served as the cluster file asks.
+    the checkpoint cannot be served as the cluster file asks, and ConfigError for a disk cache that could hold nothing.
     """
     set_threads(engine)
-    return engine_over(create_runner(model, engine, model_dir, progress, memory), engine, model_dir)
+    return engine_over(create_runner(model, engine, model_dir, progress, memory), engine, model_dir, cache_dir)
 
 
 def set_threads(engine: EngineConfig) -> None:
@@ -53,8 +56,8 @@ def set_threads(engine: EngineConfig) -> None:
         torch.set_num_threads(engine.threads)
 
 
-def engine_over(runner: Runner, engine: EngineConfig, model_dir: Path) -> Engine:
-    """The batching engine over a runner."""
+def engine_over(runner: Runner, engine: EngineConfig, model_dir: Path, cache_dir: Path | None = None) -> Engine:
+    """The batching engine over a runner; `cache_dir` is the folder of its disk cache."""
     return PagedEngine(
         runner,
         EngineLimits(
@@ -64,6 +67,7 @@ def engine_over(runner: Runner, engine: EngineConfig, model_dir: Path) -> Engine
             host_cache_bytes=int(engine.host_cache_gb * 1e9),
         ),
         _constrainer(runner.identity, model_dir),
+        files=disk_files(engine, cache_dir, runner.identity, runner.layout),
     )
 
 

@@ -190,7 +190,7 @@ class InstanceCard(_message.Message):
     def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., fingerprint: _Optional[_Union[Fingerprint, _Mapping]] = ..., total_blocks: _Optional[int] = ..., vocab_size: _Optional[int] = ..., context_tokens: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., node: _Optional[str] = ..., ranks: _Optional[int] = ...) -> None: ...
 
 class InstanceStats(_message.Message):
-    __slots__ = ("total_blocks", "used_blocks", "cached_blocks", "free_blocks", "running", "waiting", "holding", "importing", "steps", "prefill_chunks", "prefill_tokens", "prefix_hit_tokens", "decode_tokens", "preemptions", "kv_blocks_sent", "kv_bytes_sent", "kv_blocks_received", "kv_bytes_received", "handoffs_committed", "handoffs_failed", "stale_refused", "leaked_blocks", "unacked_tokens", "expert_visits", "host_blocks", "host_restored_tokens", "fetched_blocks", "fetched_bytes", "fetches", "fetches_failed", "lent_blocks", "lent_bytes", "prefill_tokens_per_s")
+    __slots__ = ("total_blocks", "used_blocks", "cached_blocks", "free_blocks", "running", "waiting", "holding", "importing", "steps", "prefill_chunks", "prefill_tokens", "prefix_hit_tokens", "decode_tokens", "preemptions", "kv_blocks_sent", "kv_bytes_sent", "kv_blocks_received", "kv_bytes_received", "handoffs_committed", "handoffs_failed", "stale_refused", "leaked_blocks", "unacked_tokens", "expert_visits", "host_blocks", "host_restored_tokens", "fetched_blocks", "fetched_bytes", "fetches", "fetches_failed", "lent_blocks", "lent_bytes", "prefill_tokens_per_s", "host_bytes", "disk_blocks", "disk_bytes", "disk_restored_tokens", "corrupt_blocks", "tier_errors", "tier_off_reason", "restoring")
     class FetchesFailedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +231,14 @@ class InstanceStats(_message.Message):
     LENT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TIER_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    TIER_OFF_REASON_FIELD_NUMBER: _ClassVar[int]
+    RESTORING_FIELD_NUMBER: _ClassVar[int]
     total_blocks: int
     used_blocks: int
     cached_blocks: int
@@ -264,7 +272,15 @@ class InstanceStats(_message.Message):
     lent_blocks: int
     lent_bytes: int
     prefill_tokens_per_s: float
-    def __init__(self, total_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., holding: _Optional[int] = ..., importing: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_chunks: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_blocks_sent: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_blocks_received: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., handoffs_committed: _Optional[int] = ..., handoffs_failed: _Optional[int] = ..., stale_refused: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., unacked_tokens: _Optional[int] = ..., expert_visits: _Optional[_Iterable[int]] = ..., host_blocks: _Optional[int] = ..., host_restored_tokens: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., fetches: _Optional[int] = ..., fetches_failed: _Optional[_Mapping[str, int]] = ..., lent_blocks: _Optional[int] = ..., lent_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
+    host_bytes: int
+    disk_blocks: int
+    disk_bytes: int
+    disk_restored_tokens: int
+    corrupt_blocks: int
+    tier_errors: int
+    tier_off_reason: str
+    restoring: int
+    def __init__(self, total_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., holding: _Optional[int] = ..., importing: _Optional[int] = ..., steps: _Optional[int] = ..., prefill_chunks: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., decode_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., kv_blocks_sent: _Optional[int] = ..., kv_bytes_sent: _Optional[int] = ..., kv_blocks_received: _Optional[int] = ..., kv_bytes_received: _Optional[int] = ..., handoffs_committed: _Optional[int] = ..., handoffs_failed: _Optional[int] = ..., stale_refused: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., unacked_tokens: _Optional[int] = ..., expert_visits: _Optional[_Iterable[int]] = ..., host_blocks: _Optional[int] = ..., host_restored_tokens: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., fetches: _Optional[int] = ..., fetches_failed: _Optional[_Mapping[str, int]] = ..., lent_blocks: _Optional[int] = ..., lent_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., host_bytes: _Optional[int] = ..., disk_blocks: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_restored_tokens: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., tier_errors: _Optional[int] = ..., tier_off_reason: _Optional[str] = ..., restoring: _Optional[int] = ...) -> None: ...
 
 class Timeline(_message.Message):
     __slots__ = ("queue_s", "prefill_s", "prefill_chunks", "cached_tokens", "handoff_blocks", "handoff_reused_blocks", "handoff_bytes", "handoff_s", "handoff_exposed_s", "prefill_instance", "decode_instance", "attempts", "ttft_s", "migrations", "migration_pause_s", "handoff_hidden_s", "fetched_tokens", "fetch_source", "fetch_s")

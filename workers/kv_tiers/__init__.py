@@ -1,0 +1,1 @@
+"""Blocks of KV cache in files of this machine."""
