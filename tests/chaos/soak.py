@@ -95,7 +95,7 @@ class Soak:
         workers = 3 if self.slopes else 2
         config = soak_config(self.seed, workers)
         async with running(config) as (cluster, client), AsyncClient(cluster.endpoint) as second:
-            requester = Requester(config, client, second, WAIT_S)
+            requester = Requester(config, client, second, WAIT_S, lambda: cluster.ingress.parts.journal.is_degraded)
             struck: list[Struck] = []
             faults = self._faults(cluster, client, struck)
             usage = Usage(cluster, lambda: self.streams, workers)
@@ -263,7 +263,7 @@ def check_final(plan: Plan, final: Seen, told: list[Seen], struck: list[Struck])
 def _overtaken(told: Seen, final: Seen, struck: list[Struck]) -> bool:
     """True when a cancel or deadline overtook in the store an end that was told from memory while the store was away."""
     away = any(one.fault in STORE_FAULTS and one.started_s <= told.ended_s <= one.ended_s + 3.0 for one in struck)
-    return away and isinstance(final.error, errors.Cancelled | errors.DeadlineExceeded)
+    return (away or told.from_memory) and isinstance(final.error, errors.Cancelled | errors.DeadlineExceeded)
 
 
 def _lost(told: Seen, struck: list[Struck]) -> bool:
