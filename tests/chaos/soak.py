@@ -110,6 +110,7 @@ class Soak:
                     usage.check_lengths(ORCHESTRATOR, STORE, "prefill-2", "decode-2")
                 await usage.check()
             except BaseException:
+                self.report["usage"] = usage.told()
                 for name in await cluster.launcher.alive():
                     print(f"--- {name}\n{await cluster.launcher.log_tail(name, LOG_LINES)}")
                 print("--- faults\n" + "\n".join(str(one) for one in struck))
