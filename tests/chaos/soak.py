@@ -84,6 +84,7 @@ class Soak:
     _ended: list[tuple[float, Plan]] = field(default_factory=list)  # when their clients were told; checked later
     _counts: dict[str, Counter[str]] = field(default_factory=lambda: {"kinds": Counter(), "ends": Counter()})
     _slowest_s: float = 0.0
+    requests: int = 0  # that clients have seen through
 
     @property
     def streams(self) -> int:
@@ -98,12 +99,12 @@ class Soak:
             requester = Requester(config, client, second, WAIT_S, lambda: cluster.ingress.parts.journal.is_degraded)
             struck: list[Struck] = []
             faults = self._faults(cluster, client, struck)
-            usage = Usage(cluster, lambda: self.streams, workers)
+            usage = Usage(cluster, lambda: self.requests, workers)
             try:
                 await self._load(requester, faults, struck, usage)
                 await self._check_ends(requester, struck, everything=True)
                 self._tell(struck, await client.status())
-                assert self._counts["ends"]["not asked in time"] <= MOST_UNASKED * self.streams, self._counts
+                assert self._counts["ends"]["not asked in time"] <= MOST_UNASKED * self.requests, self._counts
                 await check_quiet(cluster, client)
                 self.report["usage"] = usage.told()
                 if self.slopes:
@@ -151,6 +152,7 @@ class Soak:
             for seen in await asyncio.gather(*(requester.run(plan) for plan in plans)):
                 for one in seen:
                     check_error(one, struck)
+            self.requests += burst
             self._ended += [(time.monotonic(), plan) for plan in plans]
             await asyncio.sleep(pause_s)
 
@@ -208,6 +210,7 @@ class Soak:
 
     def _tell(self, struck: list[Struck], status: admin.StatusReply) -> None:
         self.report |= {
+            "requests": self.requests,
             "streams": self.streams,
             "kinds": dict(self._counts["kinds"]),
             "ends": dict(self._counts["ends"]),
