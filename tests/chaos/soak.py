@@ -84,6 +84,7 @@ class Soak:
     _ended: list[tuple[float, Plan]] = field(default_factory=list)  # when their clients were told; checked later
     _counts: dict[str, Counter[str]] = field(default_factory=lambda: {"kinds": Counter(), "ends": Counter()})
     _slowest_s: float = 0.0
+    requests: int = 0  # that clients have seen through
 
     @property
     def streams(self) -> int:
@@ -95,21 +96,22 @@ class Soak:
         workers = 3 if self.slopes else 2
         config = soak_config(self.seed, workers)
         async with running(config) as (cluster, client), AsyncClient(cluster.endpoint) as second:
-            requester = Requester(config, client, second, WAIT_S)
+            requester = Requester(config, client, second, WAIT_S, lambda: cluster.ingress.parts.journal.is_degraded)
             struck: list[Struck] = []
             faults = self._faults(cluster, client, struck)
-            usage = Usage(cluster, lambda: self.streams, workers)
+            usage = Usage(cluster, lambda: self.requests, workers)
             try:
                 await self._load(requester, faults, struck, usage)
                 await self._check_ends(requester, struck, everything=True)
                 self._tell(struck, await client.status())
-                assert self._counts["ends"]["not asked in time"] <= MOST_UNASKED * self.streams, self._counts
+                assert self._counts["ends"]["not asked in time"] <= MOST_UNASKED * self.requests, self._counts
                 await check_quiet(cluster, client)
                 self.report["usage"] = usage.told()
                 if self.slopes:
                     usage.check_lengths(ORCHESTRATOR, STORE, "prefill-2", "decode-2")
                 await usage.check()
             except BaseException:
+                self.report["usage"] = usage.told()
                 for name in await cluster.launcher.alive():
                     print(f"--- {name}\n{await cluster.launcher.log_tail(name, LOG_LINES)}")
                 print("--- faults\n" + "\n".join(str(one) for one in struck))
@@ -150,6 +152,7 @@ class Soak:
             for seen in await asyncio.gather(*(requester.run(plan) for plan in plans)):
                 for one in seen:
                     check_error(one, struck)
+            self.requests += burst
             self._ended += [(time.monotonic(), plan) for plan in plans]
             await asyncio.sleep(pause_s)
 
@@ -207,6 +210,7 @@ class Soak:
 
     def _tell(self, struck: list[Struck], status: admin.StatusReply) -> None:
         self.report |= {
+            "requests": self.requests,
             "streams": self.streams,
             "kinds": dict(self._counts["kinds"]),
             "ends": dict(self._counts["ends"]),
@@ -263,7 +267,7 @@ def check_final(plan: Plan, final: Seen, told: list[Seen], struck: list[Struck])
 def _overtaken(told: Seen, final: Seen, struck: list[Struck]) -> bool:
     """True when a cancel or deadline overtook in the store an end that was told from memory while the store was away."""
     away = any(one.fault in STORE_FAULTS and one.started_s <= told.ended_s <= one.ended_s + 3.0 for one in struck)
-    return away and isinstance(final.error, errors.Cancelled | errors.DeadlineExceeded)
+    return (away or told.from_memory) and isinstance(final.error, errors.Cancelled | errors.DeadlineExceeded)
 
 
 def _lost(told: Seen, struck: list[Struck]) -> bool:

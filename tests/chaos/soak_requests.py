@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -107,6 +107,7 @@ class Seen:
     reason: str = ""
     error: AutanError | None = None
     left: bool = False
+    from_memory: bool = False  # the store was away when its end was told
     started_s: float = field(default_factory=time.monotonic)
     ended_s: float = 0.0
 
@@ -124,8 +125,16 @@ class Seen:
 class Requester:
     """Runs plans against one cluster and keeps what was seen."""
 
-    def __init__(self, config: ClusterConfig, client: AsyncClient, second: AsyncClient, wait_s: float) -> None:
-        """No stream may last longer than `wait_s`."""
+    def __init__(
+        self,
+        config: ClusterConfig,
+        client: AsyncClient,
+        second: AsyncClient,
+        wait_s: float,
+        is_degraded: Callable[[], bool],
+    ) -> None:
+        """No stream may last longer than `wait_s`; `is_degraded` is true while the ingress shows tokens from memory."""
+        self._is_degraded = is_degraded
         self._config = config
         self._client, self._second = client, second
         self._wait_s = wait_s
@@ -261,7 +270,7 @@ class Requester:
                         assert event.first_index == first_index + len(seen.tokens), f"{seen}: a gap or a repetition"
                         seen.tokens += event.token_ids
                     case Finished():
-                        seen.reason = event.reason
+                        seen.reason, seen.from_memory = event.reason, self._is_degraded()
                     case other:
                         raise AssertionError(f"{seen}: {other}")
         except AutanError as error:
