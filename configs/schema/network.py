@@ -25,15 +25,19 @@ class NetworkConfig(Section):
 
     `loopback` binds 127.0.0.1. `node` binds the address that Ray gives the node; an address outside 127.0.0.0/8 is
     refused without `insecure: true` until TLS exists. `advertise_host` is where workers on other nodes reach the
-    orchestrator; by default the address of its own Ray node. With `shared_memory` workers of one host and user read each
-    other's KV pools (CPU) in place, whatever is checked otherwise is checked here too; others send the bytes over gRPC.
+    orchestrator; by default the address of its own Ray node.
+
+    A hand-off pushes KV in messages of up to `frame_bytes`, over one connection for each full `stream_bytes` of the sequence
+    and at most `streams` of them; the receiver grants no more than its own `streams`. All of them share the credit of the
+    hand-off. With `shared_memory` workers of one host and user read each other's KV pools (CPU) in place, over one connection:
+    only references travel. Whatever is checked otherwise is checked then too.
     """
 
     bind: Literal["loopback", "node"] = "loopback"
     advertise_host: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\[\]-]{1,253}$")] | None = None
     insecure: bool = False
     max_message_bytes: Bytes = 8 * 1024 * 1024
-    frame_bytes: Bytes = 512 * 1024
+    frame_bytes: Bytes = 1024 * 1024
     shared_memory: bool = True
     credit_bytes: Bytes = 32 * 1024 * 1024
     streams: Annotated[int, Field(ge=1, le=16)] = 4

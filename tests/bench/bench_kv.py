@@ -26,8 +26,7 @@ from tests.bench.kv import handoff, wire
 from tests.bench.kv.peer_envs import ROOT, PeerEnv, PeerMissing, ensure_mooncake, ensure_nixl
 from tests.bench.report import OUT, Row, publish, row
 
-OURS, SOCKET = "autan, 1 stream", "raw TCP socket"
-SHARED = "autan, shared memory"
+SHARED, SOCKET = "autan, shared memory", "raw TCP socket"
 PEERS: dict[str, tuple[str, Callable[[], PeerEnv]]] = {
     "nixl": ("NIXL, UCX over TCP", ensure_nixl),
     "mooncake": ("Mooncake, TCP", ensure_mooncake),
@@ -49,7 +48,8 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--megabytes", type=int, default=512, help="how much each measurement moves")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", default="nixl,mooncake", help="of nixl,mooncake; or none")
-    parser.add_argument("--frame-kib", type=int, default=512, help="our frames")
+    parser.add_argument("--frame-kib", type=int, default=1024, help="our messages")
+    parser.add_argument("--streams", default="1,4", help="ours: connections at once, each number measured")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 128 MB at 64 and 1024 KiB, and of prompts of 1024")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -60,6 +60,9 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--parts are of transport,handoff and --models of " + ",".join(handoff.MODELS))
     if min(options.prompts) < 64:
         parser.error("--prompts are of 64 tokens at least")
+    options.streams = tuple(int(count) for count in options.streams.split(","))
+    if not all(1 <= count <= wire.MOST_STREAMS for count in options.streams):
+        parser.error(f"--streams are of 1 to {wire.MOST_STREAMS}")
     options.blocks = tuple(int(size) for size in options.blocks.split(","))
     options.peers = tuple(name for name in options.peers.split(",") if name != "none")
     if unknown := set(options.peers) - set(PEERS):
@@ -88,14 +91,15 @@ def pair(script: str, env: PeerEnv) -> Measure:
 def transports(options: argparse.Namespace) -> tuple[dict[str, Measure], dict[str, str]]:
     """What is measured, by name, and the versions of the peers. A peer that cannot be installed is left out, loudly."""
 
-    def ours(block_bytes: int, blocks: int) -> dict[str, float]:
-        return wire.measure(block_bytes // 1024, blocks, options.frame_kib)
+    def ours(streams: int) -> Measure:
+        return lambda block_bytes, blocks: wire.measure(block_bytes // 1024, blocks, options.frame_kib, streams)
 
     def shared(block_bytes: int, blocks: int) -> dict[str, float]:
         return wire.measure(block_bytes // 1024, blocks, options.frame_kib, 1, shared=True)
 
     python = PeerEnv(Path(sys.executable), sys.version.partition(" ")[0])
-    found: dict[str, Measure] = {OURS: ours, SHARED: shared, SOCKET: pair("socket_pair.py", python)}
+    found: dict[str, Measure] = {name_of(count): ours(count) for count in options.streams}
+    found[SHARED], found[SOCKET] = shared, pair("socket_pair.py", python)
     versions = {SOCKET: python.version}
     for name in options.peers:
         title, ensure = PEERS[name]
@@ -108,22 +112,25 @@ def transports(options: argparse.Namespace) -> tuple[dict[str, Measure], dict[st
     return found, versions
 
 
+def name_of(streams: int) -> str:
+    """Ours, as it stands in the rows."""
+    return f"autan, {streams} stream{'s' if streams > 1 else ''}"
+
+
 def rows_of(case: str, samples: dict[str, list[dict[str, float]]], versions: dict[str, str]) -> list[Row]:
-    """Ours beside each peer, then CPU seconds per GB of all."""
+    """Each number of our streams beside each peer, then CPU seconds per GB of all."""
     speeds = {name: [one["gb_per_s"] for one in taken] for name, taken in samples.items()}
-    ours = row("KV between two processes", case, "GB/s", speeds[OURS])
     found = []
-    mapped = row("KV between two processes of a host, shared memory", case, "GB/s", speeds[SHARED])
-    for name in (SOCKET, OURS):
-        peer = median(speeds[name])
-        version = versions.get(name, "")
-        found.append(replace(mapped, peer=name, peer_version=version, peer_value=peer, ratio=mapped.ours / peer))
-    for name, values in speeds.items():
-        if name not in (OURS, SHARED):
-            peer = median(values)
-            found.append(
-                replace(ours, peer=name, peer_version=versions[name], peer_value=peer, ratio=ours.ours / peer)
-            )  # fmt: skip
+    for name in speeds.keys() - versions.keys():
+        ours = row(f"KV, {name}", case, "GB/s", speeds[name])
+        for peer, version in versions.items():
+            value = median(speeds[peer])
+            found.append(replace(ours, peer=peer, peer_version=version, peer_value=value, ratio=ours.ours / value))
+    mapped = row(f"KV, {SHARED}", case, "GB/s", speeds[SHARED])
+    over_grpc = max(speeds.keys() - versions.keys() - {SHARED}, key=lambda name: median(speeds[name]))
+    best = median(speeds[over_grpc])
+    found.append(replace(mapped, peer=over_grpc, peer_value=best, ratio=mapped.ours / best))
+    found.sort(key=lambda one: one.metric)
     for name, taken in samples.items():
         used = [one["send_cpu_s_per_gb"] + one["receive_cpu_s_per_gb"] for one in taken]
         found.append(row(f"CPU of both sides, {name}", case, "s/GB", used))

@@ -20,9 +20,11 @@ BLOCK_TOKENS = 64
 FINGERPRINT = common.Fingerprint(model="m", block_tokens=BLOCK_TOKENS)
 
 
-def request_of(blocks: int) -> EngineRequest:
+def request_of(blocks: int, request_id: str = "r") -> EngineRequest:
     """A request whose prompt fills so many blocks."""
-    return EngineRequest(request_id="r", epoch=1, prompt=(1,) * (blocks * BLOCK_TOKENS), sampling=SamplingParams(max_tokens=1))
+    return EngineRequest(
+        request_id=request_id, epoch=1, prompt=(1,) * (blocks * BLOCK_TOKENS), sampling=SamplingParams(max_tokens=1)
+    )
 
 
 class MemoryPool:
@@ -32,7 +34,6 @@ class MemoryPool:
     def __init__(self, layout: KvLayout, blocks: int, pattern: bytes, reused: int = 0, *, shared: bool = False) -> None:
         self.layout = layout
         self.imports_dropped = 0
-        self._blocks = blocks
         self._reused = reused
         self.memory = PoolMemory(shared=shared)
         pool = self.memory.allocate(layout.block_bytes * blocks)
@@ -45,7 +46,7 @@ class MemoryPool:
         return future
 
     def import_begin(self, request: EngineRequest, num_tokens: int, ahead_tokens: int = 0) -> ImportTicket:
-        ids = tuple(range(self._blocks))
+        ids = tuple(range(len(request.prompt) // BLOCK_TOKENS))
         return ImportTicket(request_id=request.request_id, epoch=request.epoch, block_ids=ids, reused_blocks=self._reused)
 
     def import_commit(
@@ -71,11 +72,11 @@ class MemoryPool:
 
 
 class Hooks:
-    """ReceiverHooks that expect one request and commit it at once."""
+    """ReceiverHooks that expect these requests and commit them at once."""
 
-    def __init__(self, layout: KvLayout, request: EngineRequest) -> None:
+    def __init__(self, layout: KvLayout, *requests: EngineRequest) -> None:
         self._layout = layout
-        self._request = request
+        self._requests = {request.request_id: request for request in requests}
         self.arrivals: list[Arrived] = []
         self.errors: list[AutanError] = []
 
@@ -83,7 +84,7 @@ class Hooks:
         return Addressee(instance_id="d", incarnation=1, fingerprint=FINGERPRINT, layout=self._layout, vocab_size=8)
 
     async def expect(self, request_id: str, epoch: int) -> Expectation:
-        return Expectation(request=self._request, source_instance="p", source_incarnation=1)
+        return Expectation(request=self._requests[request_id], source_instance="p", source_incarnation=1)
 
     def is_expected(self, request_id: str, epoch: int) -> bool:
         return True

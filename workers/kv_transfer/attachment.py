@@ -50,8 +50,9 @@ class Attachment:
         self.check_current()
         if self._is_over:
             return None
+        waiting = asyncio.timeout(None)
         try:
-            async with asyncio.timeout(None) as waiting:
+            async with waiting:
                 self.stripe.waiting = waiting
                 return await anext(frames)
         except StopAsyncIteration:
@@ -61,7 +62,7 @@ class Attachment:
             assert self._is_over, self.transfer.lifecycle.state
             return None
         finally:
-            if self.is_current:
+            if self.stripe.waiting is waiting:
                 self.stripe.waiting = None
 
     def detach(self) -> None:

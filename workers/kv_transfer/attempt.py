@@ -63,8 +63,11 @@ class Attempt:
                 raise error
             return main.result()
         finally:
+            # All of it before the first await: a second cancellation may end this at any of them.
             for task in tasks:
                 task.cancel()
+            for feed in self._feeds:
+                feed.cut()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.gather(*(feed.close() for feed in self._feeds))
 
@@ -85,12 +88,19 @@ class Attempt:
 
 
 async def _until_done_or_failed(main: asyncio.Task[Any], tasks: list[asyncio.Task[Any]]) -> None:
-    while not main.done() and not any(task.done() and task.exception() for task in tasks):
+    while not main.done() and all(_error_of(task) is None for task in tasks):
         await asyncio.wait([task for task in tasks if not task.done()], return_when=asyncio.FIRST_COMPLETED)
 
 
 def _first_reason(tasks: list[asyncio.Task[Any]]) -> BaseException | None:
     """What went wrong. A refusal explains the streams that broke with it, so it goes first."""
-    errors = [error for task in tasks if task.done() and (error := task.exception()) is not None]
+    errors = [error for task in tasks if (error := _error_of(task)) is not None]
     told = [error for error in errors if not isinstance(error, (PeerUnavailable, HandoffTimeout))]
     return next(iter(told or errors), None)
+
+
+def _error_of(task: asyncio.Task[Any]) -> BaseException | None:
+    """What a task failed with; none when it runs or succeeded."""
+    if not task.done():
+        return None
+    return PeerUnavailable("a stream was cancelled") if task.cancelled() else task.exception()

@@ -145,6 +145,8 @@ def _fields(view: memoryview, limit: int) -> list[tuple[int, int | memoryview]]:
 
 
 def _varint(view: memoryview, at: int) -> tuple[int, int]:
+    if at < len(view) and view[at] < 0x80:  # nearly all of them
+        return view[at], at + 1
     value = 0
     for shift in range(_MAX_VARINT_BYTES):
         if at == len(view):

@@ -99,9 +99,13 @@ class PushStream:
         if self._error is not None:
             raise self._error
 
-    async def close(self) -> None:
+    def cut(self) -> None:
         """Ends the call, whatever its stage. Idempotent."""
         self._call.cancel()
+
+    async def close(self) -> None:
+        """Ends the call, and waits until nothing of it runs here any more. Idempotent."""
+        self.cut()
         tasks = [task for task in (self._reader, self._writing) if task is not None]
         for task in tasks:
             task.cancel()

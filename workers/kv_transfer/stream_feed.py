@@ -113,8 +113,13 @@ class StreamFeed:
         if self._stream is not None:
             await self._stream.until_over()
 
-    async def close(self) -> None:
+    def cut(self) -> None:
         """Ends the call, whatever its stage. Idempotent."""
+        if self._stream is not None:
+            self._stream.cut()
+
+    async def close(self) -> None:
+        """Ends the call, and waits until nothing of it runs here any more. Idempotent."""
         if self._stream is not None:
             await self._stream.close()
 

@@ -60,5 +60,6 @@ class Stripe:
 
     def wake(self) -> None:
         """Makes the attached stream look at the state instead of waiting for its next frame."""
-        if self.waiting is not None:
-            self.waiting.reschedule(asyncio.get_running_loop().time())
+        waiting, self.waiting = self.waiting, None  # a timeout that is expiring cannot be moved again
+        if waiting is not None:
+            waiting.reschedule(asyncio.get_running_loop().time())

@@ -350,3 +350,20 @@ def test_a_transfer_that_is_given_back_ends_every_stream() -> None:
         await side.check_nothing_kept()
 
     asyncio.run(scenario())
+
+
+def test_a_stripe_that_was_woken_twice_and_left_alone_can_be_woken_again() -> None:
+    async def scenario() -> None:
+        rng, side = random.Random(1), Side(9)
+        queues = side.messages(await side.open(3), rng)
+        pushing = asyncio.create_task(side.push([queue[:2] for queue in queues], rng))
+        await until(lambda: side.counters.kv_bytes_received > 0, "something is there")
+        await side.open(3)
+        await side.open(2)
+        for _ in range(rng.randint(1, 3)):
+            await asyncio.sleep(0)
+        side.receiver.abort_request("r", 1, StaleEpoch("r: over"))
+        assert set(await pushing) == {"STALE_EPOCH"}
+        await side.check_nothing_kept()
+
+    asyncio.run(scenario())
