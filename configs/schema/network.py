@@ -27,6 +27,10 @@ class NetworkConfig(Section):
     refused without `insecure: true` until TLS exists. `advertise_host` is where workers on other nodes reach the
     orchestrator; by default the address of its own Ray node.
 
+    A hand-off pushes KV in messages of up to `frame_bytes`, over one connection for each full `stream_bytes` of the sequence
+    and at most `streams` of them; the receiver grants no more than its own `streams`. All of them share the credit of the
+    hand-off.
+
     `kv_compression` is how KV blocks travel between workers. `lossless` changes nothing but bytes and CPU time; it pays on
     links that are slower than the packing. `fp8` halves bf16 and fp16, quarters fp32, and changes tokens.
     """
@@ -35,8 +39,10 @@ class NetworkConfig(Section):
     advertise_host: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\[\]-]{1,253}$")] | None = None
     insecure: bool = False
     max_message_bytes: Bytes = 8 * 1024 * 1024
-    frame_bytes: Bytes = 512 * 1024
+    frame_bytes: Bytes = 1024 * 1024
     credit_bytes: Bytes = 32 * 1024 * 1024
+    streams: Annotated[int, Field(ge=1, le=16)] = 4
+    stream_bytes: Bytes = 16 * 1024 * 1024
     keepalive_s: Annotated[float, Field(gt=0, le=3600)] = 1.0
     kv_compression: Literal["none", "lossless", "fp8"] = "none"
     ping_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 2.0

@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +29,7 @@ from tests.bench.kv import handoff, wire
 from tests.bench.kv.peer_envs import ROOT, PeerEnv, PeerMissing, ensure_mooncake, ensure_nixl
 from tests.bench.report import OUT, Row, publish, row
 
-OURS, SOCKET = "autan, 1 stream", "raw TCP socket"
+SOCKET = "raw TCP socket"
 PEERS: dict[str, tuple[str, Callable[[], PeerEnv]]] = {
     "nixl": ("NIXL, UCX over TCP", ensure_nixl),
     "mooncake": ("Mooncake, TCP", ensure_mooncake),
@@ -52,7 +52,8 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--megabytes", type=int, default=512, help="how much each measurement moves")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", default="nixl,mooncake", help="of nixl,mooncake; or none")
-    parser.add_argument("--frame-kib", type=int, default=512, help="our frames")
+    parser.add_argument("--frame-kib", type=int, default=1024, help="our messages")
+    parser.add_argument("--streams", default="1,4", help="ours: connections at once, each number measured")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 128 MB at 64 and 1024 KiB, and of prompts of 1024")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -63,6 +64,9 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--parts are of {','.join(PARTS)} and --models of " + ",".join(handoff.MODELS))
     if min(options.prompts) < 64:
         parser.error("--prompts are of 64 tokens at least")
+    options.streams = tuple(int(count) for count in options.streams.split(","))
+    if not all(1 <= count <= wire.MOST_STREAMS for count in options.streams):
+        parser.error(f"--streams are of 1 to {wire.MOST_STREAMS}")
     options.blocks = tuple(int(size) for size in options.blocks.split(","))
     options.peers = tuple(name for name in options.peers.split(",") if name != "none")
     if unknown := set(options.peers) - set(PEERS):
@@ -91,11 +95,12 @@ def pair(script: str, env: PeerEnv) -> Measure:
 def transports(options: argparse.Namespace) -> tuple[dict[str, Measure], dict[str, str]]:
     """What is measured, by name, and the versions of the peers. A peer that cannot be installed is left out, loudly."""
 
-    def ours(block_bytes: int, blocks: int) -> dict[str, float]:
-        return wire.measure(block_bytes // 1024, blocks, options.frame_kib)
+    def ours(streams: int) -> Measure:
+        return lambda block_bytes, blocks: wire.measure(block_bytes // 1024, blocks, options.frame_kib, streams)
 
     python = PeerEnv(Path(sys.executable), sys.version.partition(" ")[0])
-    found: dict[str, Measure] = {OURS: ours, SOCKET: pair("socket_pair.py", python)}
+    found: dict[str, Measure] = {name_of(count): ours(count) for count in options.streams}
+    found[SOCKET] = pair("socket_pair.py", python)
     versions = {SOCKET: python.version}
     for name in options.peers:
         title, ensure = PEERS[name]
@@ -108,17 +113,21 @@ def transports(options: argparse.Namespace) -> tuple[dict[str, Measure], dict[st
     return found, versions
 
 
+def name_of(streams: int) -> str:
+    """Ours, as it stands in the rows."""
+    return f"autan, {streams} stream{'s' if streams > 1 else ''}"
+
+
 def rows_of(case: str, samples: dict[str, list[dict[str, float]]], versions: dict[str, str]) -> list[Row]:
-    """Ours beside each peer, then CPU seconds per GB of all."""
+    """Each number of our streams beside each peer, then CPU seconds per GB of all."""
     speeds = {name: [one["gb_per_s"] for one in taken] for name, taken in samples.items()}
-    ours = row("KV between two processes", case, "GB/s", speeds[OURS])
     found = []
-    for name, values in speeds.items():
-        if name != OURS:
-            peer = median(values)
-            found.append(
-                replace(ours, peer=name, peer_version=versions[name], peer_value=peer, ratio=ours.ours / peer)
-            )  # fmt: skip
+    for name in speeds.keys() - versions.keys():
+        ours = row(f"KV, {name}", case, "GB/s", speeds[name])
+        for peer, version in versions.items():
+            value = median(speeds[peer])
+            found.append(replace(ours, peer=peer, peer_version=version, peer_value=value, ratio=ours.ours / value))
+    found.sort(key=lambda one: one.metric)
     for name, taken in samples.items():
         used = [one["send_cpu_s_per_gb"] + one["receive_cpu_s_per_gb"] for one in taken]
         found.append(row(f"CPU of both sides, {name}", case, "s/GB", used))
@@ -177,7 +186,7 @@ def packing_part(options: argparse.Namespace) -> None:
         kv_tokens=packing.KV_TOKENS,
         prompts=prompts,
         new_tokens=packing.NEW_TOKENS,
-        zstandard=version("zstandard"),
+        zstandard=metadata.version("zstandard"),
         threads="1 packs and unpacks, CPU seconds of that thread; 1 computes",
     )
 

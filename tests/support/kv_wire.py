@@ -29,6 +29,7 @@ class FaultyWire(kv_pb2_grpc.KvTransferServicer):
         self.address = ""
         self.mutate: Mutate = lambda n, frame: [frame]
         self.change_open: Callable[[kv.OpenRequest], None] = lambda request: None
+        self._gates: list[tuple[Callable[[kv.PushFrame], bool], asyncio.Event]] = []
         self.before_cut: Callable[[], Awaitable[None]] | None = None
         self.closed = False  # nobody can open
         self.drop_replies = 0
@@ -45,6 +46,12 @@ class FaultyWire(kv_pb2_grpc.KvTransferServicer):
         port = self._server.add_insecure_port("127.0.0.1:0")
         self.address = f"127.0.0.1:{port}"
         await self._server.start()
+
+    def gate_of(self, held: Callable[[kv.PushFrame], bool]) -> asyncio.Event:
+        """From now on such frames, and what follows on their streams, wait until the event is set."""
+        gate = asyncio.Event()
+        self._gates.append((held, gate))
+        return gate
 
     async def stop(self) -> None:
         """Cuts everything."""
@@ -113,6 +120,9 @@ class FaultyWire(kv_pb2_grpc.KvTransferServicer):
 
     async def _feed(self, frames: AsyncIterator[kv.PushFrame], call: Any, cut: asyncio.Event) -> None:
         async for frame in frames:
+            for held, gate in self._gates:
+                if held(frame):
+                    await gate.wait()
             changed = self.mutate(self.frames, frame)
             self.frames += 1
             if changed is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from protos.contract.grammar import Grammar
 
@@ -153,12 +154,12 @@ class StepResult:
     batch_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class KvLayout:
     """How KV rows lie in a block: bytes are `[num_layers, block_tokens, row_bytes]`, C order, little endian.
 
     A layer group is `layers_per_group` consecutive layers of one block (the last group may be shorter): the unit
-    that is digested and pushed.
+    that is digested and pushed. What follows from the fields is computed once: hand-offs ask for every part they move.
     """
 
     block_tokens: int
@@ -168,18 +169,18 @@ class KvLayout:
     name: str  # "gqa:k+v", "mla:latent+rope", "oracle"
     target_group_bytes: int = 512 * 1024
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
         return self.num_layers * self.block_tokens * self.row_bytes
 
-    @property
+    @cached_property
     def layers_per_group(self) -> int:
         """As many layers as fit `target_group_bytes`, at least one."""
         layer_bytes = self.block_tokens * self.row_bytes
         return max(1, min(self.num_layers, self.target_group_bytes // layer_bytes))
 
-    @property
+    @cached_property
     def num_groups(self) -> int:
         """Layer groups of one block."""
         return -(-self.num_layers // self.layers_per_group)

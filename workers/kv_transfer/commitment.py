@@ -7,8 +7,9 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from protos.contract.errors import AutanError, BadFrame, InternalError
+from protos.contract.errors import AutanError, BadFrame, HandoffTimeout, InternalError
 from protos.wire import kv
+from workers.kv_transfer.attachment import Attachment
 from workers.kv_transfer.authority import Authority
 from workers.kv_transfer.claims import check_end
 from workers.kv_transfer.hooks import ReceiverHooks
@@ -16,6 +17,7 @@ from workers.kv_transfer.ledger import Ledger
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.returns import ReceiverTasks, Returns
+from workers.kv_transfer.striping import leading_blocks
 from workers.kv_transfer.transfer import Transfer
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class Commitments:
         ledger: Ledger,
         authority: Authority,
         reach: Callable[[str], Awaitable[None]],
+        progress_timeout_s: float,
         returns: Returns,
         tasks: ReceiverTasks,
     ) -> None:
@@ -40,21 +43,54 @@ class Commitments:
         self._ledger = ledger
         self._authority = authority
         self._reach = reach
+        self._progress_timeout_s = progress_timeout_s
         self._returns = returns
         self._tasks = tasks
 
-    async def end(self, transfer: Transfer, end: kv.EndFrame) -> kv.Commit:
-        """Takes the end frame. Told again of a transfer that commits or has committed, it gives the same commit."""
+    async def end(self, at: Attachment, end: kv.EndFrame) -> kv.Commit:
+        """Takes the end frame, waits for what other streams still bring and commits.
+
+        Told again of a transfer that commits or has committed, it gives the same commit. Raises BadFrame when the end cannot
+        be right, HandoffTimeout when the others are not whole in time, and what ended the transfer meanwhile.
+        """
+        transfer = at.transfer
         if transfer.committing is None:
             here = self._hooks.here()
             tokens = check_end(end, transfer.expected, here, transfer.room_tokens)
             num_blocks = -(-end.num_tokens // here.layout.block_tokens)
-            if not transfer.reassembly.is_whole(num_blocks):
-                verified = transfer.reassembly.verified_blocks
-                raise BadFrame(f"{transfer.request_id}: ended with {verified} of {num_blocks} blocks")
+            await self._until_whole(at, num_blocks)
             transfer.lifecycle.move(ReceiveState.VERIFYING)
             transfer.committing = self._tasks.spawn(self._commit(transfer, end, tokens))
+            transfer.wake()
+        return await self.of(transfer)
+
+    async def of(self, transfer: Transfer) -> kv.Commit:
+        """The commit of a transfer that commits or has committed. Raises what made it fail."""
+        assert transfer.committing is not None, transfer.lifecycle.state
         return await asyncio.shield(transfer.committing)
+
+    async def _until_whole(self, at: Attachment, num_blocks: int) -> None:
+        """The stream of the end must be whole now; the others, which are not ordered with it, in time."""
+        transfer = at.transfer
+        if transfer.is_ending:
+            raise BadFrame(f"{transfer.request_id}: a second end")
+        transfer.is_ending = True
+        try:
+            async with asyncio.timeout(self._progress_timeout_s):
+                while not all(stripe.reassembly.is_whole(num_blocks) for stripe in transfer.stripes):
+                    beyond = any(stripe.reassembly.is_beyond(num_blocks) for stripe in transfer.stripes)
+                    if beyond or not at.stripe.reassembly.is_whole(num_blocks):
+                        there = leading_blocks(transfer.next_blocks)
+                        raise BadFrame(f"{transfer.request_id}: ended with {there} of {num_blocks} blocks")
+                    await transfer.news.wait()
+                    at.check_current()
+        except TimeoutError:
+            there = leading_blocks(transfer.next_blocks)
+            raise HandoffTimeout(
+                f"{transfer.request_id}: {there} of {num_blocks} blocks {self._progress_timeout_s} s after the end"
+            ) from None
+        finally:
+            transfer.is_ending = False
 
     async def _commit(self, transfer: Transfer, end: kv.EndFrame, tokens: tuple[int, ...]) -> kv.Commit:
         request_id, epoch = transfer.request_id, transfer.epoch

@@ -1,7 +1,7 @@
 """Cutting layer groups into frames, and checking frames on arrival.
 
-Frames travel in one order only: block by block, group by group, offset by offset. So the receiving side needs a single
-cursor, a gap is seen at once, and nothing that a peer claims leads to an allocation.
+Frames of a stream travel in one order only: block by block, group by group, offset by offset. So the receiving side needs a
+single cursor for each stream, a gap is seen at once, and nothing that a peer claims leads to an allocation.
 """
 
 from __future__ import annotations
@@ -84,30 +84,43 @@ class Accepted:
 
 
 class Reassembly:
-    """The cursor of one transfer: which bytes must come next, and the running digest of the group they belong to."""
+    """The cursor of one stream: which bytes must come next, and the running digest of the group they belong to.
 
-    def __init__(self, layout: KvLayout, scope: DigestScope, first_block: int, num_blocks: int) -> None:
+    Its blocks are `first_block` and every `stride`-th one after it.
+    """
+
+    def __init__(self, layout: KvLayout, scope: DigestScope, first_block: int, num_blocks: int, stride: int = 1) -> None:
         self._layout = layout
         self._scope = scope
         self._num_blocks = num_blocks
+        self._stride = stride
         self._block = first_block
         self._group = 0
         self._offset = 0
         self._digest: xxhash.xxh3_128 | None = None
 
     @property
+    def next_block(self) -> int:
+        """The block that must come next, or is coming: all of this stream below it are verified."""
+        return self._block
+
+    @property
     def verified_blocks(self) -> int:
-        """Leading blocks all of whose groups are verified, or were there before."""
+        """Of the only stream of a transfer: leading blocks all of whose groups are verified, or were there before."""
         return self._block
 
     @property
     def complete(self) -> bool:
         """True when every block is verified that there is room for."""
-        return self._block == self._num_blocks
+        return self._block >= self._num_blocks
 
     def is_whole(self, num_blocks: int) -> bool:
-        """True when exactly the first `num_blocks` blocks are verified, or were there before."""
-        return self._block == num_blocks and not self._group and not self._offset
+        """True when of the first `num_blocks` blocks all of this stream are verified, and nothing beyond them came."""
+        return num_blocks <= self._block < num_blocks + self._stride and not self._group and not self._offset
+
+    def is_beyond(self, num_blocks: int) -> bool:
+        """True when something came that is not of the first `num_blocks` blocks."""
+        return self._block >= num_blocks and not self.is_whole(num_blocks)
 
     def rewind(self) -> None:
         """Forgets what came of the block that is not complete: the sender starts again with it."""
@@ -149,4 +162,4 @@ class Reassembly:
         self._offset, self._digest = 0, None
         self._group += 1
         if self._group == self._layout.num_groups:
-            self._block, self._group = self._block + 1, 0
+            self._block, self._group = self._block + self._stride, 0

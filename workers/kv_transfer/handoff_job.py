@@ -72,12 +72,17 @@ async def _pass(point: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendContext:
-    """What all hand-offs of one process share. Times are seconds; `open_patience_s` bounds waiting for room or for the peer."""
+    """What all hand-offs of one process share. Times are seconds; `open_patience_s` bounds waiting for room or for the peer.
+
+    A hand-off uses at most `streams`, one for each full `stream_bytes` of the sequence.
+    """
 
     port: EnginePort
     holder_of: Callable[[str], Awaitable[Holder | None]]
     counters: TransferCounters
     frame_bytes: int
+    streams: int
+    stream_bytes: int
     progress_timeout_s: float
     open_patience_s: float
     compression: Compression = "none"  # what this side is configured for; the receiver chooses

@@ -57,9 +57,13 @@ class ReceiverHooks(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReceiveLimits:
-    """Bounds of one receiver; times in seconds. A committed transfer answers repeated opens for `remember_s`."""
+    """Bounds of one receiver; times in seconds. A committed transfer answers repeated opens for `remember_s`.
+
+    A transfer has at most `streams`, which share its window.
+    """
 
     window_bytes: int
+    streams: int
     progress_timeout_s: float
     remember_s: float
 

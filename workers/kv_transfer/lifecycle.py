@@ -39,7 +39,7 @@ class ReceiveState(StrEnum):
     """Where the receiving side of one hand-off is."""
 
     OPEN = "open"  # blocks are reserved, no stream is attached
-    RECEIVING = "receiving"  # one stream is attached
+    RECEIVING = "receiving"  # one stream or several are attached
     VERIFYING = "verifying"  # all blocks are verified, the commit is on its way
     COMMITTED = "committed"  # the engine has the sequence
     ABORTED = "aborted"  # the blocks are given back

@@ -13,6 +13,7 @@ from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.push_codec import DataFrame
+from workers.kv_transfer.stripe import Stripe
 from workers.kv_transfer.transfer import Transfer
 
 
@@ -23,24 +24,27 @@ class Placement:
         self._port = port
         self._counters = counters
 
-    async def place(self, transfer: Transfer, frame: DataFrame, check_current: Callable[[], None]) -> None:
-        """Checks credit, place and digest of one frame and writes its bytes; those of a packed group with its last frame.
+    async def place(self, transfer: Transfer, stripe: Stripe, frame: DataFrame, check_current: Callable[[], None]) -> None:
+        """Checks credit, place and digest of one frame of a stream and writes its bytes; those of a packed group with its last
+        frame.
 
         Raises BadFrame or DigestMismatch, after either of which nothing of the transfer may be used, and what
         `check_current` raises when the transfer ended, or got another stream, while a group was unpacked.
         """
         if transfer.lifecycle.state is not ReceiveState.RECEIVING:
             raise BadFrame(f"{transfer.request_id}: a block after the end")
-        transfer.spend(len(frame.payload))
-        whole = await transfer.unpacker.take(frame)
+        stripe.spend(len(frame.payload))
+        whole = await stripe.unpacker.take(frame)
         if whole is not None:
             check_current()
-            self._write(transfer, whole)
+            self._write(transfer, stripe, whole)
         self._counters.kv_bytes_received += len(frame.payload)
 
-    def _write(self, transfer: Transfer, frame: DataFrame) -> None:
-        before = transfer.reassembly.verified_blocks
-        accepted = transfer.reassembly.accept(frame)
+    def _write(self, transfer: Transfer, stripe: Stripe, frame: DataFrame) -> None:
+        accepted = stripe.reassembly.accept(frame)
         block_id = transfer.ticket.block_ids[accepted.block_index]
         self._port.import_kv(block_id, accepted.group, accepted.offset_bytes, accepted.payload)
-        self._counters.kv_blocks_received += transfer.reassembly.verified_blocks - before
+        if stripe.reassembly.next_block != accepted.block_index:
+            self._counters.kv_blocks_received += 1
+            if transfer.is_ending:
+                transfer.news.ring()

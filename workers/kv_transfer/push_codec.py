@@ -41,12 +41,13 @@ class PushMessage:
     epoch: int
     data: tuple[DataFrame, ...] = ()
     end: kv.EndFrame | None = None
+    stream: int = 0
 
 
-def encode_data(transfer_id: str, epoch: int, frames: Sequence[DataFrame]) -> bytes:
+def encode_data(transfer_id: str, epoch: int, frames: Sequence[DataFrame], stream: int = 0) -> bytes:
     """The message of 1 to `MAX_PARTS` data frames. Each payload is copied once, into the result."""
     assert 1 <= len(frames) <= MAX_PARTS, len(frames)
-    pieces: list[bytes | memoryview] = [kv.PushFrame(transfer_id=transfer_id, epoch=epoch).SerializeToString()]
+    pieces: list[bytes | memoryview] = [kv.PushFrame(transfer_id=transfer_id, epoch=epoch, stream=stream).SerializeToString()]
     field = _PUSH["data"]
     for frame in frames:
         fields = kv.BlockFrame(
@@ -63,14 +64,14 @@ def encode_data(transfer_id: str, epoch: int, frames: Sequence[DataFrame]) -> by
     return b"".join(pieces)
 
 
-def encode_other(transfer_id: str, epoch: int, end: kv.EndFrame | None = None) -> bytes:
+def encode_other(transfer_id: str, epoch: int, end: kv.EndFrame | None = None, stream: int = 0) -> bytes:
     """The message of the end frame, or of a sign of life."""
-    return kv.PushFrame(transfer_id=transfer_id, epoch=epoch, end=end).SerializeToString()
+    return kv.PushFrame(transfer_id=transfer_id, epoch=epoch, end=end, stream=stream).SerializeToString()
 
 
 def decode_push(message: bytes) -> PushMessage:
     """Reads a message; payloads are views into it. Raises ValueError, or DecodeError, for anything malformed."""
-    transfer_id, epoch = "", 0
+    transfer_id, epoch, stream = "", 0, 0
     data: DataFrame | None = None
     more: list[DataFrame] = []
     end: kv.EndFrame | None = None
@@ -82,6 +83,8 @@ def decode_push(message: bytes) -> PushMessage:
             transfer_id = bytes(_bytes(value)).decode("utf-8")
         elif number == _PUSH["epoch"]:
             epoch = _number(value, 64)
+        elif number == _PUSH["stream"]:
+            stream = _number(value, 32)
         elif number == _PUSH["data"]:
             data, end = _decode_block(_bytes(value)), None
         elif number == _PUSH["more"]:
@@ -92,7 +95,7 @@ def decode_push(message: bytes) -> PushMessage:
         raise ValueError("more data frames without a first one")
     if len(more) >= MAX_PARTS:
         raise ValueError(f"{1 + len(more)} data frames, at most {MAX_PARTS} go into one message")
-    return PushMessage(transfer_id, epoch, () if data is None else (data, *more), end)
+    return PushMessage(transfer_id, epoch, () if data is None else (data, *more), end, stream)
 
 
 def _decode_block(view: memoryview) -> DataFrame:
@@ -133,6 +136,8 @@ def _fields(view: memoryview, limit: int) -> list[tuple[int, int | memoryview]]:
 
 
 def _varint(view: memoryview, at: int) -> tuple[int, int]:
+    if at < len(view) and view[at] < 0x80:  # nearly all of them
+        return view[at], at + 1
     value = 0
     for shift in range(_MAX_VARINT_BYTES):
         if at == len(view):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -23,11 +24,11 @@ class PushStream:
     """Sends frames, never more bytes than the receiver granted, and never waits longer than `timeout_s` for anything.
 
     Every method raises the receiver's refusal as soon as it is known, PeerUnavailable when the stream breaks and
-    HandoffTimeout when the receiver grants, reads or answers nothing in time. `news` is set when something arrives.
+    HandoffTimeout when the receiver grants, reads or answers nothing in time. `news` is called when something arrives.
     """
 
     def __init__(
-        self, call: grpc.aio.StreamStreamCall[Any, Any], credit_bytes: int, timeout_s: float, news: asyncio.Event
+        self, call: grpc.aio.StreamStreamCall[Any, Any], credit_bytes: int, timeout_s: float, news: Callable[[], object]
     ) -> None:
         self._call = call
         self._credit = credit_bytes
@@ -89,6 +90,15 @@ class PushStream:
         assert self._commit is not None
         return self._commit
 
+    async def until_over(self) -> None:
+        """Waits for the receiver to end the stream, without a bound. Raises its refusal; a commit is no error here."""
+        await self._written()
+        while not self.over:
+            self._wake.clear()
+            await self._wake.wait()
+        if self._error is not None:
+            raise self._error
+
     async def close(self) -> None:
         """Ends the call, whatever its stage. Idempotent."""
         self._call.cancel()
@@ -133,4 +143,4 @@ class PushStream:
 
     def _notify(self) -> None:
         self._wake.set()
-        self._news.set()
+        self._news()

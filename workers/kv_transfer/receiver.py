@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
 
 from protos.contract.errors import (
     AutanError,
@@ -20,9 +19,9 @@ from protos.contract.errors import (
     FenceError,
     HandoffTimeout,
     PeerUnavailable,
-    StaleEpoch,
 )
 from protos.wire import error_to_wire, kv
+from workers.kv_transfer.attachment import Attachment, attach
 from workers.kv_transfer.authority import Authority, StoreClock
 from workers.kv_transfer.claims import check_addressee
 from workers.kv_transfer.commitment import Commitments
@@ -60,6 +59,7 @@ class Receiver:
         authority: Authority | None = None,
         compression: Compression = "none",
     ) -> None:
+        self._reach = reach
         self._hooks = hooks
         self._ledger = ledger
         self._counters = counters
@@ -83,7 +83,8 @@ class Receiver:
             hooks=hooks,
             ledger=ledger,
             authority=self._authority,
-            reach=reach,
+            reach=self._pass_by,
+            progress_timeout_s=limits.progress_timeout_s,
             returns=self._returns,
             tasks=self._tasks,
         )
@@ -112,38 +113,41 @@ class Receiver:
             raise
 
     async def push(self, frames: AsyncIterator[PushMessage]) -> AsyncIterator[kv.PushReply]:
-        """Takes frames until the end frame. The last reply is the commit or the refusal.
+        """Takes the frames of one stream until the end frame, here or on another stream. The last reply is the commit or the
+        refusal.
 
         A refused transfer keeps nothing, unless its stream just ended: then it can be opened again until it times out.
         """
-        transfer: Transfer | None = None
-        stream = 0
+        at: Attachment | None = None
         try:
-            frame = await self._first(frames)
-            transfer, stream = self._attach(frame)
-            while True:
-                self._check_frame(transfer, stream, frame)
+            first = await self._first(frames)
+            at = attach(self._table, first)
+            frame: PushMessage | None = first
+            while frame is not None:
+                at.check_frame(frame)
+                self._touch(at.transfer)
                 if frame.end is not None:
-                    yield kv.PushReply(commit=await self._commitments.end(transfer, frame.end))
+                    yield kv.PushReply(commit=await self._commitments.end(at, frame.end))
                     return
                 for part in frame.data:
-                    await self._placement.place(transfer, part, partial(self._check_current, transfer, stream))
+                    await self._placement.place(at.transfer, at.stripe, part, at.check_current)
                 if frame.data:
-                    credit = transfer.regrant()
+                    credit = at.stripe.regrant()
                     if credit:
                         yield kv.PushReply(credit_bytes=credit)
-                frame = await self._next(transfer, stream, frames)
+                frame = await at.next(frames)
+            yield kv.PushReply(commit=await self._commitments.of(at.transfer))
         except PeerUnavailable as error:
             # A connection that breaks may look like an end of the stream: the transfer waits for another open.
             yield kv.PushReply(refused=error_to_wire(error))
         except AutanError as error:
             self._counters.stale_refused += isinstance(error, FenceError)
-            if transfer is not None and transfer.stream == stream:
-                await self._returns.abort(transfer, error)
+            if at is not None and at.is_current:
+                await self._returns.abort(at.transfer, error)
             yield kv.PushReply(refused=error_to_wire(error))
         finally:
-            if transfer is not None:
-                self._detach(transfer, stream)
+            if at is not None:
+                at.detach()
 
     async def close(self, message: kv.CloseRequest) -> None:
         """Ends an open transfer. Unknown, committed and committing transfers are left as they are."""
@@ -195,45 +199,10 @@ class Receiver:
         except TimeoutError:
             raise HandoffTimeout("no first frame") from None
 
-    async def _next(self, transfer: Transfer, stream: int, frames: AsyncIterator[PushMessage]) -> PushMessage:
-        self._check_current(transfer, stream)
-        try:
-            async with asyncio.timeout(None) as waiting:
-                transfer.waiting = waiting
-                return await anext(frames)
-        except StopAsyncIteration:
-            raise PeerUnavailable(f"{transfer.request_id}: the stream ended before the end frame") from None
-        except TimeoutError:
-            raise transfer.ended_by or StaleEpoch(f"{transfer.request_id}: another stream took over") from None
-        finally:
-            transfer.waiting = None
+    async def _pass_by(self, point: str) -> None:
+        await self._reach(point)
 
-    def _attach(self, frame: PushMessage) -> tuple[Transfer, int]:
-        transfer = self._table.of_id(frame.transfer_id)
-        if transfer is None or transfer.epoch != frame.epoch:
-            raise StaleEpoch(f"no transfer of that id is open at epoch {frame.epoch}")
-        if transfer.lifecycle.state is ReceiveState.OPEN:
-            transfer.lifecycle.move(ReceiveState.RECEIVING)
-            transfer.stream += 1
-        elif transfer.lifecycle.state is not ReceiveState.COMMITTED:
-            raise StaleEpoch(f"{transfer.request_id}: another stream is attached")
-        return transfer, transfer.stream
-
-    def _detach(self, transfer: Transfer, stream: int) -> None:
-        if transfer.stream == stream and transfer.lifecycle.state is ReceiveState.RECEIVING:
-            transfer.lifecycle.move(ReceiveState.OPEN)
-
-    @staticmethod
-    def _check_current(transfer: Transfer, stream: int) -> None:
-        if transfer.ended_by is not None:
-            raise transfer.ended_by
-        if transfer.stream != stream:
-            raise StaleEpoch(f"{transfer.request_id}: another stream took over")
-
-    def _check_frame(self, transfer: Transfer, stream: int, frame: PushMessage) -> None:
-        self._check_current(transfer, stream)
-        if frame.transfer_id != transfer.transfer_id or frame.epoch != transfer.epoch:
-            raise BadFrame(f"{transfer.request_id}: a frame of another transfer")
+    def _touch(self, transfer: Transfer) -> None:
         transfer.touched_s = time.monotonic()
         if self._ledger.is_open(transfer.key):
             self._ledger.touch(transfer.key, self._limits.deadline_s(transfer.touched_s))

@@ -18,6 +18,7 @@ from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.packing import GroupUnpacker
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.returns import Returns
+from workers.kv_transfer.striping import first_at, granted_streams, leading_blocks
 from workers.kv_transfer.transfer import Transfer, TransferTable
 
 
@@ -55,45 +56,65 @@ class Reservations:
                 if claim.num_tokens != current.room_tokens:
                     raise BadFrame(f"{claim.request_id}: opened with {current.room_tokens} tokens, now {claim.num_tokens}")
                 form = (self._encoding_of(claim, here), not claim.offer.inexact)
-                if form != (current.unpacker.encoding, current.is_exact_source):
+                if form != (current.encoding, current.is_exact_source):
                     raise BadFrame(f"{claim.request_id}: opened again with another offer of encodings")
-                return await self._open_again(current)
+                return await self._open_again(current, claim.streams)
             if current is not None and current.epoch >= claim.epoch:
                 raise StaleEpoch(f"{claim.request_id}: epoch {current.epoch} is here already")
             if current is not None:
                 await self._returns.abort(current, StaleEpoch(f"{claim.request_id}: epoch {claim.epoch} has begun"))
             return await self._reserve(expected, here, claim)
 
-    async def _open_again(self, transfer: Transfer) -> kv.OpenReply:
+    async def _open_again(self, transfer: Transfer, asked: int) -> kv.OpenReply:
         if transfer.committing is not None:
             await asyncio.shield(transfer.committing)
         transfer.touched_s = time.monotonic()
-        transfer.stream += 1
         transfer.wake()
         if transfer.lifecycle.state is ReceiveState.RECEIVING:
             transfer.lifecycle.move(ReceiveState.OPEN)
-        transfer.reassembly.rewind()
-        transfer.unpacker.rewind()
-        return transfer.open_reply(transfer.reassembly.verified_blocks)
+        streams = self._granted(transfer, asked)
+        if streams != len(transfer.stripes) and transfer.lifecycle.state is ReceiveState.OPEN:
+            # Blocks behind the leading run come again: which streams bring them has changed.
+            transfer.stripe_over(leading_blocks(transfer.next_blocks), streams)
+        return self._reply(transfer)
 
     def _encoding_of(self, claim: kv.OpenRequest, here: Addressee) -> Encoding:
         return chosen(self._compression, claim.offer.encodings, here.layout)
+
+    def _granted(self, transfer: Transfer, asked: int) -> int:
+        return granted_streams(asked, self._limits.streams, transfer.num_blocks - transfer.ticket.reused_blocks)
+
+    @staticmethod
+    def _reply(transfer: Transfer) -> kv.OpenReply:
+        credit, next_blocks = transfer.begin_again(), transfer.next_blocks
+        return kv.OpenReply(
+            transfer_id=transfer.transfer_id,
+            credit_bytes=credit,
+            first_block=leading_blocks(next_blocks),
+            next_blocks=next_blocks if len(next_blocks) > 1 else (),
+            encoding=transfer.encoding.value,
+        )
 
     async def _reserve(self, expected: Expectation, here: Addressee, claim: kv.OpenRequest) -> kv.OpenReply:
         request, known, room_tokens = expected.request, expected.num_tokens, claim.num_tokens
         await self._returns.over(request.request_id)
         ticket = await self._port.call(lambda engine: engine.import_begin(request, known, room_tokens - known))
         scope = DigestScope(fingerprint_key(here.fingerprint), request.request_id, request.epoch)
+        encoding = self._encoding_of(claim, here)
         transfer = Transfer(
             expected=expected,
             ticket=ticket,
-            reassembly=Reassembly(here.layout, scope, ticket.reused_blocks, len(ticket.block_ids)),
-            unpacker=GroupUnpacker(self._encoding_of(claim, here), here.layout, scope),
+            make_reassembly=lambda stream, streams, first: Reassembly(
+                here.layout, scope, first_at(stream, streams, first), len(ticket.block_ids), streams
+            ),
+            make_unpacker=lambda: GroupUnpacker(encoding, here.layout, scope),
+            encoding=encoding,
             is_exact_source=not claim.offer.inexact,
             window_bytes=self._limits.window_bytes,
             room_tokens=room_tokens,
             touched_s=time.monotonic(),
         )
+        transfer.stripe_over(ticket.reused_blocks, self._granted(transfer, claim.streams))
         self._ledger.open(
             Entry(
                 key=transfer.key,
@@ -110,4 +131,4 @@ class Reservations:
             await self._returns.abort(transfer, error)
             raise error
         self._hooks.opened(request.request_id, request.epoch)
-        return transfer.open_reply(ticket.reused_blocks)
+        return self._reply(transfer)

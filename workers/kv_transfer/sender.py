@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -26,30 +27,27 @@ from protos.contract.errors import (
 from protos.contract.redis_names import pack_tokens
 from protos.rpc import kv_pb2_grpc
 from protos.wire import common, fingerprint_key, kv
+from workers.kv_transfer.attempt import Attempt
 from workers.kv_transfer.block_names import sequence_hashes
 from workers.kv_transfer.digest import DigestScope
 from workers.kv_transfer.encodings import Encoding, agreed, offered
-from workers.kv_transfer.frames import Batch, split
 from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, SendContext
 from workers.kv_transfer.lifecycle import Lifecycle, SendState, sending
 from workers.kv_transfer.measures import Measures
-from workers.kv_transfer.packing import GroupPacker
-from workers.kv_transfer.push_codec import encode_data, encode_other
-from workers.kv_transfer.push_stream import PushStream, stream_error
+from workers.kv_transfer.push_stream import stream_error
+from workers.kv_transfer.stream_feed import Plan, Supply
+from workers.kv_transfer.striping import is_sound, leading_blocks, wanted_streams
 
 _OPEN_BACKOFF_S = (0.05, 0.25)
 _CLOSE_TIMEOUT_S = 1.0
 PUSH_METHOD = "/autan.v1.KvTransfer/Push"
 
+StreamChannels = Callable[[int], grpc.aio.Channel]  # the connection to the peer for the stream of this number
+
 
 def _stub(channel: grpc.aio.Channel) -> Any:
     make: Any = kv_pb2_grpc.KvTransferStub
     return make(channel)
-
-
-def _push_call(channel: grpc.aio.Channel) -> Any:
-    """Messages go out as the codec made them."""
-    return channel.stream_stream(PUSH_METHOD, request_serializer=None, response_deserializer=kv.PushReply.FromString)
 
 
 class Handoff:
@@ -59,20 +57,17 @@ class Handoff:
     aborts it.
     """
 
-    def __init__(self, job: HandoffJob, channel: grpc.aio.Channel, context: SendContext) -> None:
+    def __init__(self, job: HandoffJob, channels: StreamChannels, context: SendContext) -> None:
         self.job = job
         self.lifecycle: Lifecycle[SendState] = sending()
-        self._stub = _stub(channel)
-        self._push_call = _push_call(channel)
+        self._stub = _stub(channels(0))
+        self._channels = channels
         self._context = context
         self._scope = DigestScope(fingerprint_key(job.fingerprint), job.request.request_id, job.request.epoch)
-        self._ready: list[int] = []  # ids of the leading blocks that are final, as they were when they became so
-        self._ending: Ending | None = None
-        self._wake = asyncio.Event()
+        self._supply = Supply()
+        self._running: Attempt | None = None
         self._transfer_id = ""
         self._measures = Measures()
-        self._packer = GroupPacker(Encoding.NONE, context.port.layout, self._scope)
-        self._next_block = 0
 
     @property
     def num_blocks(self) -> int:
@@ -82,7 +77,7 @@ class Handoff:
     @property
     def blocks_behind(self) -> int:
         """Blocks that may go and were not sent yet; all of them before the receiver has answered."""
-        return len(self._ready) - self._next_block
+        return len(self._supply.ready) if self._running is None else self._running.blocks_behind
 
     def blocks_ready(self, computed_tokens: int, block_ids: tuple[int, ...]) -> None:
         """The first `computed_tokens` rows are final, in pinned `block_ids`: their full blocks may go, and when these are
@@ -96,13 +91,13 @@ class Handoff:
 
     def end(self, ending: Ending, block_ids: tuple[int, ...]) -> None:
         """All rows are final: what is left of them may go, and then the end frame."""
-        self._ending = ending
+        self._supply.ending = ending
         rows = self.job.num_tokens if ending.num_tokens is None else ending.num_tokens
         self._extend(-(-rows // self._context.port.layout.block_tokens), block_ids)
 
     def _extend(self, num_ready: int, block_ids: tuple[int, ...]) -> None:
-        self._ready += block_ids[len(self._ready) : num_ready]
-        self._wake.set()
+        self._supply.ready += block_ids[len(self._supply.ready) : num_ready]
+        self._supply.bell.ring()
 
     async def run(self) -> HandoffResult:
         """Hands over and returns after the commit.
@@ -111,8 +106,8 @@ class Handoff:
         StaleIncarnation when this hand-off is fenced, otherwise a HandoffError, CapacityError or UnavailableError.
         """
         breaks_left, digests_left = 1, 1
-        while not self._ready and self._ending is None:
-            await self._wait_for_wake()
+        while not self._supply.ready and self._supply.ending is None:
+            await self._supply.bell.wait()
         while True:
             try:
                 return await self._attempt()
@@ -144,26 +139,51 @@ class Handoff:
 
     async def _attempt(self) -> HandoffResult:
         await self._context.reach("handoff.before_open")
-        reply = await self._open()
-        if not 0 <= reply.first_block <= self.num_blocks or reply.credit_bytes < 2:
-            raise BadFrame(f"the receiver answered first_block {reply.first_block} and {reply.credit_bytes} bytes of credit")
+        plan = await self._open()
         if self._measures.blocks == 0:
-            self._measures.reused = reply.first_block
+            self._measures.reused = leading_blocks(plan.next_blocks)
         self.lifecycle.move(SendState.STREAMING)
         self._progress()
-        self._packer = GroupPacker(agreed(reply.encoding, self._offered()), self._context.port.layout, self._scope)
-        stream = PushStream(self._push_call(), reply.credit_bytes, self._context.progress_timeout_s, self._wake)
-        try:
-            await self._push(stream, reply)
-            await self._finish(stream)
-        finally:
-            await stream.close()
+        self._running = Attempt(plan, self._supply, self._scope, self._context, self._measures, self._open_call)
+        commit = await self._running.run(self._make_end)
+        if commit.epoch != self.job.request.epoch:
+            raise StaleEpoch(f"{self.job.request.request_id}: committed at epoch {commit.epoch}")
         return self._committed()
+
+    def _open_call(self, number: int) -> Any:
+        """Begins the Push call of a stream, on a connection of its own. Messages go out as the codec made them."""
+        method: Any = self._channels(number).stream_stream(
+            PUSH_METHOD, request_serializer=None, response_deserializer=kv.PushReply.FromString
+        )
+        return method()
+
+    def _plan(self, reply: kv.OpenReply, asked: int) -> Plan:
+        """Raises BadFrame for an answer that cannot be right."""
+        next_blocks = tuple(reply.next_blocks) or (reply.first_block,)
+        in_range = 0 <= reply.first_block <= self.num_blocks and reply.credit_bytes >= 2
+        if not in_range or not is_sound(next_blocks, asked, reply.first_block, self.num_blocks):
+            raise BadFrame(
+                f"the receiver answered first_block {reply.first_block}, next blocks {next_blocks[:16]} of {self.num_blocks} "
+                f"on at most {asked} streams, and {reply.credit_bytes} bytes of credit"
+            )
+        self._transfer_id = reply.transfer_id
+        return Plan(
+            transfer_id=reply.transfer_id,
+            request_id=self.job.request.request_id,
+            epoch=self.job.request.epoch,
+            credit_bytes=reply.credit_bytes,
+            next_blocks=next_blocks,
+            encoding=agreed(reply.encoding, self._offered()),
+        )
+
+    def _offered(self) -> tuple[Encoding, ...]:
+        return offered(self._context.compression, self._context.port.layout)
 
     def _committed(self) -> HandoffResult:
         self.lifecycle.move(SendState.COMMITTED)
         self._progress()
-        ended_s = self._ending.prefill_ended_s if self._ending else time.monotonic()
+        ending = self._supply.ending
+        ended_s = ending.prefill_ended_s if ending else time.monotonic()
         counters, measures = self._context.counters, self._measures
         counters.handoffs_committed += 1
         return HandoffResult(
@@ -174,15 +194,14 @@ class Handoff:
             exposed_s=time.monotonic() - ended_s,
         )
 
-    async def _open(self) -> kv.OpenReply:
+    async def _open(self) -> Plan:
         give_up_s = time.monotonic() + self._context.open_patience_s
         delay_s, longest_s = _OPEN_BACKOFF_S
         request = self._open_request()
         while True:
             try:
                 reply: kv.OpenReply = await self._stub.Open(request, timeout=self._context.progress_timeout_s)
-                self._transfer_id = reply.transfer_id
-                return reply
+                return self._plan(reply, request.streams)
             except grpc.RpcError as error:
                 refusal = stream_error(error)
             if not isinstance(refusal, (CapacityError, PeerUnavailable)) or time.monotonic() + delay_s > give_up_s:
@@ -207,59 +226,11 @@ class Handoff:
             capability=kv.Capability.FromString(job.capability),
             deadline_s=self._context.progress_timeout_s,
             offer=kv.KvOffer(encodings=[one.value for one in self._offered()], inexact=not job.is_exact),
+            streams=wanted_streams(self.num_blocks * layout.block_bytes, self._context.stream_bytes, self._context.streams),
         )
 
-    def _offered(self) -> tuple[Encoding, ...]:
-        return offered(self._context.compression, self._context.port.layout)
-
-    async def _push(self, stream: PushStream, reply: kv.OpenReply) -> None:
-        batch = Batch(min(self._context.frame_bytes, reply.credit_bytes // 2))
-        self._next_block = reply.first_block
-        while self._ending is None or self._next_block < len(self._ready):
-            if self._next_block >= len(self._ready):
-                await self._beat(stream)
-                continue
-            started_s = time.monotonic()
-            await self._push_block(stream, self._next_block, batch)
-            self._measures.spent(started_s, time.monotonic())
-            self._next_block += 1
-
-    async def _push_block(self, stream: PushStream, index: int, batch: Batch) -> None:
-        """Puts one block into the batch, which goes out when it is full and when no other block is ready."""
-        port = self._context.port
-        for group in range(port.layout.num_groups):
-            await self._context.reach("handoff.mid_push")
-            data = port.export_kv(self._ready[index], group)
-            payload, digest = await self._packer.pack(index, group, data)
-            for frame in split(index, group, payload, digest, batch.limit_bytes, self._packer.encoding.value):
-                if not batch.has_room(frame):
-                    await self._flush(stream, batch)
-                batch.add(frame)
-        batch.completed.append(index)
-        if batch.full or index + 1 >= len(self._ready):
-            await self._flush(stream, batch)
-
-    async def _flush(self, stream: PushStream, batch: Batch) -> None:
-        """Sends what the batch holds; its blocks count as sent with that."""
-        if not batch.frames:
-            return
-        frames, completed = batch.take()
-        size = sum(frame.payload.nbytes for frame in frames)
-        await stream.send(encode_data(self._transfer_id, self.job.request.epoch, frames), size)
-        self._measures.bytes += size
-        self._context.counters.kv_bytes_sent += size
-        for index in completed:
-            self._count_block(index)
-        self._progress()
-
-    def _count_block(self, index: int) -> None:
-        self._context.counters.kv_blocks_sent += 1
-        if index not in self._measures.seen:
-            self._measures.seen.add(index)
-            self._measures.blocks += 1
-
-    async def _finish(self, stream: PushStream) -> None:
-        ending = self._ending
+    async def _make_end(self) -> kv.EndFrame:
+        ending = self._supply.ending
         assert ending is not None
         await self._context.reach("handoff.before_end")
         timeline = common.Timeline()
@@ -270,7 +241,8 @@ class Handoff:
             timeline.handoff_bytes = self._measures.bytes
             timeline.handoff_s = self._measures.busy_s
             timeline.handoff_hidden_s = self._measures.busy_before_s(ending.prefill_ended_s)
-        end = kv.EndFrame(
+        self.lifecycle.move(SendState.ENDING)
+        return kv.EndFrame(
             num_tokens=self.job.num_tokens if ending.num_tokens is None else ending.num_tokens,
             next_token_ids=pack_tokens(ending.next_token_ids),
             first_output_index=ending.first_output_index,
@@ -278,26 +250,6 @@ class Handoff:
             since_prefill_s=time.monotonic() - ending.prefill_ended_s,
             next_logprobs=ending.next_logprobs,
         )
-        self.lifecycle.move(SendState.ENDING)
-        await stream.send(encode_other(self._transfer_id, self.job.request.epoch, end))
-        commit = await stream.commit()
-        if commit.epoch != self.job.request.epoch:
-            raise StaleEpoch(f"{self.job.request.request_id}: committed at epoch {commit.epoch}")
-
-    async def _beat(self, stream: PushStream) -> None:
-        """Waits for news; tells the receiver now and then that this side is alive while its engine is."""
-        try:
-            async with asyncio.timeout(self._context.progress_timeout_s / 4):
-                await self._wait_for_wake()
-        except TimeoutError:
-            if self._context.engine_alive():
-                await stream.send(encode_other(self._transfer_id, self.job.request.epoch))
-                self._progress()
-        stream.check()
-
-    async def _wait_for_wake(self) -> None:
-        await self._wake.wait()
-        self._wake.clear()
 
     async def _is_committed(self) -> bool:
         request = self.job.request

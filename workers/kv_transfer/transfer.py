@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from protos.contract.errors import AutanError, BadFrame
+from protos.contract.errors import AutanError
 from protos.wire import common, kv
 from workers.engine_api.types import ImportTicket
+from workers.kv_transfer.bell import Bell
 from workers.kv_transfer.claims import Expectation
+from workers.kv_transfer.encodings import Encoding
 from workers.kv_transfer.frames import Reassembly
 from workers.kv_transfer.hooks import Arrived
 from workers.kv_transfer.ledger import Key, Side
 from workers.kv_transfer.lifecycle import Lifecycle, ReceiveState, receiving
 from workers.kv_transfer.packing import GroupUnpacker
+from workers.kv_transfer.stripe import Stripe
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Transfer:
-    """One incoming transfer. `stream` numbers the attachments: a stream whose number is not this one has been replaced."""
+    """One incoming transfer. `make_reassembly(stream, streams, first_block)` gives the cursor of a stream."""
 
     expected: Expectation
     ticket: ImportTicket
-    reassembly: Reassembly
-    unpacker: GroupUnpacker
+    make_reassembly: Callable[[int, int, int], Reassembly]
+    make_unpacker: Callable[[], GroupUnpacker]
+    encoding: Encoding
     is_exact_source: bool  # the sender has the rows that it would have computed itself
     window_bytes: int
     room_tokens: int  # KV rows that blocks were reserved for
     touched_s: float
     transfer_id: str = field(default_factory=lambda: secrets.token_hex(16))
     lifecycle: Lifecycle[ReceiveState] = field(default_factory=receiving)
-    stream: int = 0
-    credit: int = 0
-    owed: int = 0
-    waiting: asyncio.Timeout | None = None
+    stripes: tuple[Stripe, ...] = ()
+    news: Bell = field(default_factory=Bell)
+    is_ending: bool = False  # the end is here, blocks of other streams may still come
     ended_by: AutanError | None = None
     committing: asyncio.Task[kv.Commit] | None = None
     in_engine: bool = False  # the engine was told to decode it
@@ -57,7 +61,7 @@ class Transfer:
     @property
     def is_exact(self) -> bool:
         """True when the rows here are those that this instance would have computed."""
-        return self.is_exact_source and self.unpacker.encoding.is_exact
+        return self.is_exact_source and self.encoding.is_exact
 
     @property
     def num_blocks(self) -> int:
@@ -84,39 +88,39 @@ class Transfer:
             is_exact=self.is_exact,
         )
 
-    def open_reply(self, first_block: int) -> kv.OpenReply:
-        """The answer to an open, with a fresh window."""
-        return kv.OpenReply(
-            transfer_id=self.transfer_id,
-            credit_bytes=self.reset_credit(),
-            first_block=first_block,
-            encoding=self.unpacker.encoding.value,
+    def stripe_over(self, first_block: int, streams: int) -> None:
+        """Blocks from `first_block` on come on so many streams, each under its part of the window."""
+        for stripe in self.stripes:
+            stripe.begin_again()
+        self.stripes = tuple(
+            Stripe(
+                number=number,
+                reassembly=self.make_reassembly(number, streams, first_block),
+                unpacker=self.make_unpacker(),
+                window_bytes=max(2, self.window_bytes // streams),
+            )
+            for number in range(streams)
         )
 
-    def reset_credit(self) -> int:
-        """A fresh window for a fresh stream."""
-        self.credit, self.owed = self.window_bytes, 0
-        return self.credit
+    def begin_again(self) -> int:
+        """The sender opens again: every stream goes on behind its verified blocks. Gives the credit of each."""
+        return min(stripe.begin_again() for stripe in self.stripes)
 
-    def spend(self, payload_bytes: int) -> None:
-        """Takes received bytes off the window. Raises BadFrame beyond it."""
-        self.credit -= payload_bytes
-        self.owed += payload_bytes
-        if self.credit < 0:
-            raise BadFrame(f"{self.request_id}: {-self.credit} bytes beyond the credit")
+    @property
+    def next_blocks(self) -> tuple[int, ...]:
+        """The block that each stream goes on with."""
+        return tuple(stripe.reassembly.next_block for stripe in self.stripes)
 
-    def regrant(self) -> int:
-        """Bytes to grant again, in portions of a quarter window; zero when there is no portion yet."""
-        if self.owed < self.window_bytes // 4:
-            return 0
-        granted, self.owed = self.owed, 0
-        self.credit += granted
-        return granted
+    @property
+    def is_attached(self) -> bool:
+        """True while any stream is."""
+        return any(stripe.is_attached for stripe in self.stripes)
 
     def wake(self) -> None:
-        """Makes the attached stream look at the state instead of waiting for its next frame."""
-        if self.waiting is not None:
-            self.waiting.reschedule(asyncio.get_running_loop().time())
+        """Makes all who wait for this transfer look at its state."""
+        for stripe in self.stripes:
+            stripe.wake()
+        self.news.ring()
 
 
 class TransferTable:

@@ -17,13 +17,13 @@ from protos.wire import common
 from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, SendContext
 from workers.kv_transfer.ledger import Entry, Key, Ledger, Side
 from workers.kv_transfer.lifecycle import SendState
-from workers.kv_transfer.sender import Handoff, is_fence
+from workers.kv_transfer.sender import Handoff, StreamChannels, is_fence
 from workers.service.assignments import Assignment
 from workers.service.engine_thread import EngineThread
 from workers.service.membership import Membership
 from workers.service.task_set import TaskSet
 
-_MAX_CHANNELS = 64
+_MAX_PEERS = 64
 
 
 class HandoffOutcomes(Protocol):
@@ -69,7 +69,7 @@ class HandoffTasks:
         self._options = channel_options
         self._reach = reach
         self._running: dict[Key, _Running] = {}
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: dict[str, dict[int, grpc.aio.Channel]] = {}  # by address and stream
         self._tasks = TaskSet()
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class HandoffTasks:
             fingerprint=fingerprint,
             capability=assignment.capability,
         )
-        handoff = Handoff(job, self.channel(assignment.peer_address), self._context)
+        handoff = Handoff(job, self.channels(assignment.peer_address), self._context)
         running = _Running(assignment.peer_address, handoff, asyncio.create_task(handoff.run()))
         self._running[_key(assignment)] = running
         self._tasks.spawn(self._carry(assignment, running, outcomes))
@@ -138,7 +138,7 @@ class HandoffTasks:
         for running in self._running.values():
             running.inner.cancel()
         await self._tasks.settle()
-        channels, self._channels = list(self._channels.values()), {}
+        channels, self._channels = [channel for of in self._channels.values() for channel in of.values()], {}
         await asyncio.gather(*(channel.close() for channel in channels))
 
     async def _carry(self, assignment: Assignment, running: _Running, outcomes: HandoffOutcomes) -> None:
@@ -194,21 +194,27 @@ class HandoffTasks:
         # Opening may wait for room, and one stream may break: more than that is a leak.
         return time.monotonic() + 2 * (self._context.progress_timeout_s + self._context.open_patience_s)
 
-    def channel(self, address: str) -> grpc.aio.Channel:
-        """The connection to a peer; closed with the others."""
-        channel = self._channels.get(address)
-        if channel is None:
+    def channels(self, address: str) -> StreamChannels:
+        """The connections to a peer, one for each stream of a hand-off; closed with the others."""
+        if address not in self._channels:
             self._close_unused_channels()
-            channel = self._channels[address] = open_channel(address, self._options)
-        return channel
+
+        def channel_of(stream: int) -> grpc.aio.Channel:
+            channels = self._channels.setdefault(address, {})
+            if stream not in channels:
+                channels[stream] = open_channel(address, self._options)
+            return channels[stream]
+
+        return channel_of
 
     def _close_unused_channels(self) -> None:
         """Peers come back under other addresses; the channels to their old ones end here."""
-        if len(self._channels) < _MAX_CHANNELS:
+        if len(self._channels) < _MAX_PEERS:
             return
         used = {running.address for running in self._running.values()}
         for address in [address for address in self._channels if address not in used]:
-            self._tasks.spawn(self._channels.pop(address).close())
+            for channel in self._channels.pop(address).values():
+                self._tasks.spawn(channel.close())
 
 
 def _key(assignment: Assignment) -> Key:

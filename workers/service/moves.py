@@ -20,15 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-import grpc.aio
-
 from protos.contract.errors import AutanError, EngineFailure, HandoffTimeout, InternalError, InvalidRequest, OutOfBlocks
 from protos.wire import common
 from workers.engine_api.types import EngineRequest, TokenOut
 from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, SendContext
 from workers.kv_transfer.ledger import Entry, Key, Ledger, Side
 from workers.kv_transfer.lifecycle import Lifecycle, SendState
-from workers.kv_transfer.sender import Handoff
+from workers.kv_transfer.sender import Handoff, StreamChannels
 from workers.service.assignments import Assignment, Stage
 from workers.service.engine_thread import EngineThread
 from workers.service.membership import Membership
@@ -104,7 +102,7 @@ class Moves:
         ledger: Ledger,
         outbox: Outbox,
         context: SendContext,
-        channel: Callable[[str], grpc.aio.Channel],
+        channels: Callable[[str], StreamChannels],
         fingerprint: common.Fingerprint,
         on_moved: Callable[[Assignment], None],
         pause_patience_s: float,
@@ -115,7 +113,7 @@ class Moves:
         self._ledger = ledger
         self._outbox = outbox
         self._context = replace(context, on_progress=self._on_progress)
-        self._channel = channel
+        self._channels = channels
         self._fingerprint = fingerprint
         self._on_moved = on_moved
         self._pause_patience_s = pause_patience_s
@@ -190,7 +188,7 @@ class Moves:
             source_epoch=assignment.epoch,
             is_exact=assignment.is_exact,
         )
-        return _Move(assignment, known, Handoff(job, self._channel(entry.peer_address), self._context))
+        return _Move(assignment, known, Handoff(job, self._channels(entry.peer_address), self._context))
 
     async def _carry(self, move: _Move) -> None:
         request_id, epoch = move.assignment.request_id, move.assignment.epoch

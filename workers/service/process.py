@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from configs.env import log_level
 from configs.worker_spec import WorkerSpec
 from protos.contract.errors import ConfigError
+from workers.kv_transfer.memory import keep_freed_memory
 from workers.service.host import WorkerHost
 from workers.service.lifecycle import ExitCode
 
@@ -109,6 +110,7 @@ def main() -> None:
         raise SystemExit(ExitCode.BAD_SPEC) from error
     configure_logging(spec.instance_id, spec.rank)
     prefer_short_turns()
+    keep_freed_memory()
     try:
         code = asyncio.run(serve(spec))
     except ConfigError as error:

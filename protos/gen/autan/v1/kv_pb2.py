@@ -25,37 +25,37 @@ _sym_db = _symbol_database.Default()
 from protos.gen.autan.v1 import common_pb2 as autan_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x61utan/v1/kv.proto\x12\x08\x61utan.v1\x1a\x15\x61utan/v1/common.proto\"E\n\nCapability\x12\x0b\n\x03mac\x18\x01 \x01(\x0c\x12\x15\n\rexpires_at_ms\x18\x02 \x01(\x03\x12\x13\n\x0bmost_blocks\x18\x03 \x01(\r\"\xfe\x02\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x17\n\x0fsource_instance\x18\x03 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x04 \x01(\x04\x12\x17\n\x0ftarget_instance\x18\x05 \x01(\t\x12\x1a\n\x12target_incarnation\x18\x06 \x01(\x04\x12*\n\x0b\x66ingerprint\x18\x07 \x01(\x0b\x32\x15.autan.v1.Fingerprint\x12\x12\n\nnum_tokens\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\n \x01(\x0c\x12\x18\n\x10layers_per_group\x18\x0b \x01(\r\x12(\n\ncapability\x18\x0c \x01(\x0b\x32\x14.autan.v1.Capability\x12\x12\n\ndeadline_s\x18\r \x01(\x01\x12 \n\x05offer\x18\x10 \x01(\x0b\x32\x11.autan.v1.KvOffer\"C\n\x07KvOffer\x12\'\n\tencodings\x18\x01 \x03(\x0e\x32\x14.autan.v1.KvEncoding\x12\x0f\n\x07inexact\x18\x02 \x01(\x08\"s\n\tOpenReply\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63redit_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12&\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x14.autan.v1.KvEncoding\"\xa4\x01\n\tPushFrame\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12$\n\x04\x64\x61ta\x18\x03 \x01(\x0b\x32\x14.autan.v1.BlockFrameH\x00\x12!\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x12.autan.v1.EndFrameH\x00\x12\"\n\x04more\x18\x05 \x03(\x0b\x32\x14.autan.v1.BlockFrameB\x06\n\x04\x62ody\"\x95\x01\n\nBlockFrame\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12\x13\n\x0blayer_group\x18\x02 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\r\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\x12&\n\x08\x65ncoding\x18\x08 \x01(\x0e\x32\x14.autan.v1.KvEncoding\"\xb4\x01\n\x08\x45ndFrame\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x16\n\x0enext_token_ids\x18\x02 \x01(\x0c\x12\x1a\n\x12\x66irst_output_index\x18\x03 \x01(\r\x12$\n\x08timeline\x18\x04 \x01(\x0b\x32\x12.autan.v1.Timeline\x12\x17\n\x0fsince_prefill_s\x18\x05 \x01(\x01\x12\x15\n\rnext_logprobs\x18\x08 \x03(\x0cJ\x04\x08\x06\x10\x07J\x04\x08\x07\x10\x08\"z\n\tPushReply\x12\x14\n\x0c\x63redit_bytes\x18\x01 \x01(\x04\x12\"\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x10.autan.v1.CommitH\x00\x12(\n\x07refused\x18\x03 \x01(\x0b\x32\x15.autan.v1.ErrorDetailH\x00\x42\t\n\x07outcome\"\'\n\x06\x43ommit\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"V\n\x0c\x43loseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x0c\n\nCloseReply*Q\n\nKvEncoding\x12\x14\n\x10KV_ENCODING_NONE\x10\x00\x12\x18\n\x14KV_ENCODING_LOSSLESS\x10\x01\x12\x13\n\x0fKV_ENCODING_FP8\x10\x02\x32\xad\x01\n\nKvTransfer\x12\x32\n\x04Open\x12\x15.autan.v1.OpenRequest\x1a\x13.autan.v1.OpenReply\x12\x34\n\x04Push\x12\x13.autan.v1.PushFrame\x1a\x13.autan.v1.PushReply(\x01\x30\x01\x12\x35\n\x05\x43lose\x12\x16.autan.v1.CloseRequest\x1a\x14.autan.v1.CloseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x61utan/v1/kv.proto\x12\x08\x61utan.v1\x1a\x15\x61utan/v1/common.proto\"E\n\nCapability\x12\x0b\n\x03mac\x18\x01 \x01(\x0c\x12\x15\n\rexpires_at_ms\x18\x02 \x01(\x03\x12\x13\n\x0bmost_blocks\x18\x03 \x01(\r\"\x8f\x03\n\x0bOpenRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x17\n\x0fsource_instance\x18\x03 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x04 \x01(\x04\x12\x17\n\x0ftarget_instance\x18\x05 \x01(\t\x12\x1a\n\x12target_incarnation\x18\x06 \x01(\x04\x12*\n\x0b\x66ingerprint\x18\x07 \x01(\x0b\x32\x15.autan.v1.Fingerprint\x12\x12\n\nnum_tokens\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\n \x01(\x0c\x12\x18\n\x10layers_per_group\x18\x0b \x01(\r\x12(\n\ncapability\x18\x0c \x01(\x0b\x32\x14.autan.v1.Capability\x12\x12\n\ndeadline_s\x18\r \x01(\x01\x12\x0f\n\x07streams\x18\x0e \x01(\r\x12 \n\x05offer\x18\x10 \x01(\x0b\x32\x11.autan.v1.KvOffer\"C\n\x07KvOffer\x12\'\n\tencodings\x18\x01 \x03(\x0e\x32\x14.autan.v1.KvEncoding\x12\x0f\n\x07inexact\x18\x02 \x01(\x08\"\x88\x01\n\tOpenReply\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x14\n\x0c\x63redit_bytes\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x13\n\x0bnext_blocks\x18\x04 \x03(\r\x12&\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x14.autan.v1.KvEncoding\"\xb4\x01\n\tPushFrame\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12$\n\x04\x64\x61ta\x18\x03 \x01(\x0b\x32\x14.autan.v1.BlockFrameH\x00\x12!\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x12.autan.v1.EndFrameH\x00\x12\"\n\x04more\x18\x05 \x03(\x0b\x32\x14.autan.v1.BlockFrame\x12\x0e\n\x06stream\x18\x06 \x01(\rB\x06\n\x04\x62ody\"\x95\x01\n\nBlockFrame\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\r\x12\x13\n\x0blayer_group\x18\x02 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\r\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\x12&\n\x08\x65ncoding\x18\x08 \x01(\x0e\x32\x14.autan.v1.KvEncoding\"\xb4\x01\n\x08\x45ndFrame\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x16\n\x0enext_token_ids\x18\x02 \x01(\x0c\x12\x1a\n\x12\x66irst_output_index\x18\x03 \x01(\r\x12$\n\x08timeline\x18\x04 \x01(\x0b\x32\x12.autan.v1.Timeline\x12\x17\n\x0fsince_prefill_s\x18\x05 \x01(\x01\x12\x15\n\rnext_logprobs\x18\x08 \x03(\x0cJ\x04\x08\x06\x10\x07J\x04\x08\x07\x10\x08\"z\n\tPushReply\x12\x14\n\x0c\x63redit_bytes\x18\x01 \x01(\x04\x12\"\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x10.autan.v1.CommitH\x00\x12(\n\x07refused\x18\x03 \x01(\x0b\x32\x15.autan.v1.ErrorDetailH\x00\x42\t\n\x07outcome\"\'\n\x06\x43ommit\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"V\n\x0c\x43loseRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x0c\n\nCloseReply*Q\n\nKvEncoding\x12\x14\n\x10KV_ENCODING_NONE\x10\x00\x12\x18\n\x14KV_ENCODING_LOSSLESS\x10\x01\x12\x13\n\x0fKV_ENCODING_FP8\x10\x02\x32\xad\x01\n\nKvTransfer\x12\x32\n\x04Open\x12\x15.autan.v1.OpenRequest\x1a\x13.autan.v1.OpenReply\x12\x34\n\x04Push\x12\x13.autan.v1.PushFrame\x1a\x13.autan.v1.PushReply(\x01\x30\x01\x12\x35\n\x05\x43lose\x12\x16.autan.v1.CloseRequest\x1a\x14.autan.v1.CloseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'autan.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KVENCODING']._serialized_start=1465
-  _globals['_KVENCODING']._serialized_end=1546
+  _globals['_KVENCODING']._serialized_start=1520
+  _globals['_KVENCODING']._serialized_end=1601
   _globals['_CAPABILITY']._serialized_start=54
   _globals['_CAPABILITY']._serialized_end=123
   _globals['_OPENREQUEST']._serialized_start=126
-  _globals['_OPENREQUEST']._serialized_end=508
-  _globals['_KVOFFER']._serialized_start=510
-  _globals['_KVOFFER']._serialized_end=577
-  _globals['_OPENREPLY']._serialized_start=579
-  _globals['_OPENREPLY']._serialized_end=694
-  _globals['_PUSHFRAME']._serialized_start=697
-  _globals['_PUSHFRAME']._serialized_end=861
-  _globals['_BLOCKFRAME']._serialized_start=864
-  _globals['_BLOCKFRAME']._serialized_end=1013
-  _globals['_ENDFRAME']._serialized_start=1016
-  _globals['_ENDFRAME']._serialized_end=1196
-  _globals['_PUSHREPLY']._serialized_start=1198
-  _globals['_PUSHREPLY']._serialized_end=1320
-  _globals['_COMMIT']._serialized_start=1322
-  _globals['_COMMIT']._serialized_end=1361
-  _globals['_CLOSEREQUEST']._serialized_start=1363
-  _globals['_CLOSEREQUEST']._serialized_end=1449
-  _globals['_CLOSEREPLY']._serialized_start=1451
-  _globals['_CLOSEREPLY']._serialized_end=1463
-  _globals['_KVTRANSFER']._serialized_start=1549
-  _globals['_KVTRANSFER']._serialized_end=1722
+  _globals['_OPENREQUEST']._serialized_end=525
+  _globals['_KVOFFER']._serialized_start=527
+  _globals['_KVOFFER']._serialized_end=594
+  _globals['_OPENREPLY']._serialized_start=597
+  _globals['_OPENREPLY']._serialized_end=733
+  _globals['_PUSHFRAME']._serialized_start=736
+  _globals['_PUSHFRAME']._serialized_end=916
+  _globals['_BLOCKFRAME']._serialized_start=919
+  _globals['_BLOCKFRAME']._serialized_end=1068
+  _globals['_ENDFRAME']._serialized_start=1071
+  _globals['_ENDFRAME']._serialized_end=1251
+  _globals['_PUSHREPLY']._serialized_start=1253
+  _globals['_PUSHREPLY']._serialized_end=1375
+  _globals['_COMMIT']._serialized_start=1377
+  _globals['_COMMIT']._serialized_end=1416
+  _globals['_CLOSEREQUEST']._serialized_start=1418
+  _globals['_CLOSEREQUEST']._serialized_end=1504
+  _globals['_CLOSEREPLY']._serialized_start=1506
+  _globals['_CLOSEREPLY']._serialized_end=1518
+  _globals['_KVTRANSFER']._serialized_start=1604
+  _globals['_KVTRANSFER']._serialized_end=1777
 # @@protoc_insertion_point(module_scope)

@@ -28,7 +28,7 @@ class Capability(_message.Message):
     def __init__(self, mac: _Optional[bytes] = ..., expires_at_ms: _Optional[int] = ..., most_blocks: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("request_id", "epoch", "source_instance", "source_incarnation", "target_instance", "target_incarnation", "fingerprint", "num_tokens", "num_blocks", "block_hashes", "layers_per_group", "capability", "deadline_s", "offer")
+    __slots__ = ("request_id", "epoch", "source_instance", "source_incarnation", "target_instance", "target_incarnation", "fingerprint", "num_tokens", "num_blocks", "block_hashes", "layers_per_group", "capability", "deadline_s", "streams", "offer")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class OpenRequest(_message.Message):
     LAYERS_PER_GROUP_FIELD_NUMBER: _ClassVar[int]
     CAPABILITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     epoch: int
@@ -56,8 +57,9 @@ class OpenRequest(_message.Message):
     layers_per_group: int
     capability: Capability
     deadline_s: float
+    streams: int
     offer: KvOffer
-    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., source_instance: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., target_instance: _Optional[str] = ..., target_incarnation: _Optional[int] = ..., fingerprint: _Optional[_Union[_common_pb2.Fingerprint, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., layers_per_group: _Optional[int] = ..., capability: _Optional[_Union[Capability, _Mapping]] = ..., deadline_s: _Optional[float] = ..., offer: _Optional[_Union[KvOffer, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., source_instance: _Optional[str] = ..., source_incarnation: _Optional[int] = ..., target_instance: _Optional[str] = ..., target_incarnation: _Optional[int] = ..., fingerprint: _Optional[_Union[_common_pb2.Fingerprint, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_hashes: _Optional[bytes] = ..., layers_per_group: _Optional[int] = ..., capability: _Optional[_Union[Capability, _Mapping]] = ..., deadline_s: _Optional[float] = ..., streams: _Optional[int] = ..., offer: _Optional[_Union[KvOffer, _Mapping]] = ...) -> None: ...
 
 class KvOffer(_message.Message):
     __slots__ = ("encodings", "inexact")
@@ -68,30 +70,34 @@ class KvOffer(_message.Message):
     def __init__(self, encodings: _Optional[_Iterable[_Union[KvEncoding, str]]] = ..., inexact: _Optional[bool] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("transfer_id", "credit_bytes", "first_block", "encoding")
+    __slots__ = ("transfer_id", "credit_bytes", "first_block", "next_blocks", "encoding")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    NEXT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     credit_bytes: int
     first_block: int
+    next_blocks: _containers.RepeatedScalarFieldContainer[int]
     encoding: KvEncoding
-    def __init__(self, transfer_id: _Optional[str] = ..., credit_bytes: _Optional[int] = ..., first_block: _Optional[int] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[str] = ..., credit_bytes: _Optional[int] = ..., first_block: _Optional[int] = ..., next_blocks: _Optional[_Iterable[int]] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ...) -> None: ...
 
 class PushFrame(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "data", "end", "more")
+    __slots__ = ("transfer_id", "epoch", "data", "end", "more", "stream")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     data: BlockFrame
     end: EndFrame
     more: _containers.RepeatedCompositeFieldContainer[BlockFrame]
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., data: _Optional[_Union[BlockFrame, _Mapping]] = ..., end: _Optional[_Union[EndFrame, _Mapping]] = ..., more: _Optional[_Iterable[_Union[BlockFrame, _Mapping]]] = ...) -> None: ...
+    stream: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., data: _Optional[_Union[BlockFrame, _Mapping]] = ..., end: _Optional[_Union[EndFrame, _Mapping]] = ..., more: _Optional[_Iterable[_Union[BlockFrame, _Mapping]]] = ..., stream: _Optional[int] = ...) -> None: ...
 
 class BlockFrame(_message.Message):
     __slots__ = ("block_index", "layer_group", "offset_bytes", "payload", "digest", "encoding")

@@ -65,7 +65,8 @@ class KvTransferServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Push(self, request_iterator, context):
-        """Frames one way, credits and the commit the other. The last reply carries the outcome.
+        """Frames one way, credits and the commit the other. The last reply carries the outcome. A transfer may have several
+        such streams at once, on connections of their own: block b travels on stream b % streams, the end on any one of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -112,3 +112,15 @@ def test_seeded_damage_raises_nothing_else() -> None:
         except (ValueError, DecodeError):
             refused += 1
     assert refused > 500
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_number_of_the_stream_travels_in_every_kind(stream: int) -> None:
+    part = DataFrame(1, 2, 3, memoryview(b"x"), b"")
+    messages = [
+        encode_data("t", 1, [part], stream),
+        encode_other("t", 1, kv.EndFrame(), stream),
+        encode_other("t", 1, None, stream),
+    ]
+    for message in messages:
+        assert decode_push(message).stream == kv.PushFrame.FromString(message).stream == stream
