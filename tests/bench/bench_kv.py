@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 
@@ -191,7 +191,7 @@ def packing_part(options: argparse.Namespace) -> None:
         kv_tokens=packing.KV_TOKENS,
         prompts=prompts,
         new_tokens=packing.NEW_TOKENS,
-        zstandard=version("zstandard"),
+        zstandard=metadata.version("zstandard"),
         threads="1 packs and unpacks, CPU seconds of that thread; 1 computes",
     )
 

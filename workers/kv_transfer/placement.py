@@ -51,7 +51,7 @@ class Placement:
         if transfer.lifecycle.state is not ReceiveState.RECEIVING:
             raise BadFrame(f"{transfer.request_id}: a block after the end")
         stripe.spend(len(frame.payload))
-        whole = await transfer.unpacker.take(frame)
+        whole = await stripe.unpacker.take(frame)
         if whole is not None:
             at.check_current()
             self._write(transfer, stripe, whole)

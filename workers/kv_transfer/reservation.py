@@ -56,7 +56,7 @@ class Reservations:
             if current is not None and current.expected == expected:
                 if claim.num_tokens != current.room_tokens:
                     raise BadFrame(f"{claim.request_id}: opened with {current.room_tokens} tokens, now {claim.num_tokens}")
-                encoding = current.unpacker.encoding
+                encoding = current.encoding
                 is_offered = encoding is Encoding.NONE or encoding.value in claim.offer.encodings
                 if not is_offered or claim.offer.inexact is current.is_exact_source:
                     raise BadFrame(f"{claim.request_id}: opened again with another offer of encodings")
@@ -102,7 +102,7 @@ class Reservations:
             credit_bytes=credit,
             first_block=leading_blocks(next_blocks),
             next_blocks=next_blocks if len(next_blocks) > 1 else (),
-            encoding=transfer.unpacker.encoding.value,
+            encoding=transfer.encoding.value,
         )
 
     async def _reserve(self, expected: Expectation, here: Addressee, claim: kv.OpenRequest) -> kv.OpenReply:
@@ -110,6 +110,7 @@ class Reservations:
         await self._returns.over(request.request_id)
         ticket, loan = await self._room(expected, room_tokens)
         scope = DigestScope(fingerprint_key(here.fingerprint), request.request_id, request.epoch)
+        encoding = self._encoding_of(claim, here)
         transfer = Transfer(
             expected=expected,
             ticket=ticket,
@@ -117,7 +118,8 @@ class Reservations:
                 here.layout, scope, first_at(stream, streams, first), len(ticket.block_ids), streams
             ),
             scope=scope,
-            unpacker=GroupUnpacker(self._encoding_of(claim, here), here.layout, scope),
+            make_unpacker=lambda: GroupUnpacker(encoding, here.layout, scope),
+            encoding=encoding,
             is_exact_source=not claim.offer.inexact,
             window_bytes=self._limits.window_bytes,
             room_tokens=room_tokens,

@@ -180,6 +180,9 @@ class Handoff:
             mapped=reply.shared_pool.mapped,
         )
 
+    def _offered(self) -> tuple[Encoding, ...]:
+        return offered(self._context.compression, self._context.port.layout)
+
     def _committed(self) -> HandoffResult:
         self.lifecycle.move(SendState.COMMITTED)
         self._progress()
@@ -230,9 +233,6 @@ class Handoff:
             streams=wanted_streams(self.num_blocks * layout.block_bytes, self._context.stream_bytes, self._context.streams),
             offer=kv.KvOffer(encodings=[one.value for one in self._offered()], inexact=not job.is_exact),
         )
-
-    def _offered(self) -> tuple[Encoding, ...]:
-        return offered(self._context.compression, self._context.port.layout)
 
     async def _make_end(self) -> kv.EndFrame:
         ending = self._supply.ending

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from protos.contract.errors import BadFrame
 from workers.kv_transfer.frames import Reassembly
+from workers.kv_transfer.packing import GroupUnpacker
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -16,6 +17,7 @@ class Stripe:
 
     number: int
     reassembly: Reassembly
+    unpacker: GroupUnpacker
     window_bytes: int
     attachment: int = 0
     is_attached: bool = False
@@ -39,6 +41,7 @@ class Stripe:
         self.attachment += 1
         self.is_attached = False
         self.reassembly.rewind()
+        self.unpacker.rewind()
         self.wake()
         self.credit, self.owed = self.window_bytes, 0
         return self.credit

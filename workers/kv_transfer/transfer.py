@@ -13,6 +13,7 @@ from workers.engine_api.types import ImportTicket, PrefixTicket
 from workers.kv_transfer.bell import Bell
 from workers.kv_transfer.claims import Expectation
 from workers.kv_transfer.digest import DigestScope
+from workers.kv_transfer.encodings import Encoding
 from workers.kv_transfer.frames import Reassembly
 from workers.kv_transfer.hooks import Arrived
 from workers.kv_transfer.ledger import Key, Side
@@ -30,7 +31,8 @@ class Transfer:
     ticket: ImportTicket
     make_reassembly: Callable[[int, int, int], Reassembly]
     scope: DigestScope
-    unpacker: GroupUnpacker
+    make_unpacker: Callable[[], GroupUnpacker]
+    encoding: Encoding
     is_exact_source: bool  # the sender has the rows that it would have computed itself
     window_bytes: int
     room_tokens: int  # KV rows that blocks were reserved for
@@ -64,7 +66,7 @@ class Transfer:
     @property
     def is_exact(self) -> bool:
         """True when the rows here are those that this instance would have computed."""
-        return self.is_exact_source and self.unpacker.encoding.is_exact
+        return self.is_exact_source and self.encoding.is_exact
 
     @property
     def num_blocks(self) -> int:
@@ -99,6 +101,7 @@ class Transfer:
             Stripe(
                 number=number,
                 reassembly=self.make_reassembly(number, streams, first_block),
+                unpacker=self.make_unpacker(),
                 window_bytes=max(2, self.window_bytes // streams),
             )
             for number in range(streams)
@@ -106,7 +109,6 @@ class Transfer:
 
     def begin_again(self) -> int:
         """The sender opens again: every stream goes on behind its verified blocks. Gives the credit of each."""
-        self.unpacker.rewind()
         return min(stripe.begin_again() for stripe in self.stripes)
 
     @property

@@ -27,12 +27,15 @@ FP8 = NETWORK.model_copy(update={"kv_compression": "fp8"})
 TORCH = {"kind": "torch", "num_blocks": 96, "block_tokens": 16, "max_batch_tokens": 64}
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 5}])
-def test_lossless_hand_offs_give_the_tokens_of_the_oracle(fresh_store: FreshStore, sampling: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("sampling", "streams"), [({}, 1), ({"temperature": 0.9, "seed": 5}, 3)])
+def test_lossless_hand_offs_give_the_tokens_of_the_oracle(
+    fresh_store: FreshStore, sampling: dict[str, Any], streams: int
+) -> None:
     async def scenario() -> None:
         async with worker_world(fresh_store) as world:
-            p = await world.start_worker("prefill-0", "prefill")
-            d = await world.start_worker("decode-0", "decode", network=LOSSLESS)
+            network = LOSSLESS.model_copy(update={"streams": streams, "stream_bytes": 1024})
+            p = await world.start_worker("prefill-0", "prefill", network=network)
+            d = await world.start_worker("decode-0", "decode", network=network)
             requests = [await world.submit(prompt(60 + 50 * i, seed=i), 12, **sampling) for i in range(4)]
             for request in requests:
                 await world.assign(request, "prefill-0", "decode-0")
