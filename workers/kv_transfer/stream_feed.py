@@ -135,7 +135,7 @@ class StreamFeed:
                     await self._flush()
                 batch.add(frame)
         batch.completed.append(index)
-        if batch.full or index + plan.streams >= len(ready):
+        if batch.full or index + self._plan.streams >= len(ready):
             await self._flush()
 
     async def _flush(self) -> None:
