@@ -50,7 +50,8 @@ WAIT_S = 60.0
 SETTLE_S = 20.0
 ENGINE = {"block_tokens": BLOCK_TOKENS, "num_blocks": 2048, "max_batch_tokens": 2048, "max_running": 256}
 TIMING = {"heartbeat_s": 0.5, "lease_s": 2.5, "kv_lease_s": 6.0, "progress_timeout_s": 10.0}
-NETWORK = {"frame_bytes": 1024, "credit_bytes": 65_536}  # windows of 16 KiB: three hand-offs fit, a grant comes after 4
+# Windows of 16 KiB: three hand-offs fit, a grant comes after 4. All bytes come by the one stream that the attacker changes.
+NETWORK = {"frame_bytes": 1024, "credit_bytes": 65_536, "streams": 1, "shared_memory": False}
 SCHEDULING = {"max_attempts": 10}
 
 
