@@ -81,7 +81,7 @@ def restore_once(tier: str, folder: Path) -> dict[str, float]:
     """One engine: a prompt is computed, pushed out of the pool, and asked for again while others decode."""
     model = OracleModel("restore", num_layers=36, row_bytes=640, context_tokens=65_536)
     num_blocks = RESTORED_BYTES // (36 * 640 * 64)
-    runner = OracleRunner(model, num_blocks=num_blocks + 40, block_tokens=64, prefill_tokens_per_s=20_000, decode_step_s=0.01)
+    runner = OracleRunner(model, num_blocks=num_blocks + 40, block_tokens=64, prefill_tokens_per_s=2_000, decode_step_s=0.01)
     layout = runner.layout
     host_blocks = 2 * num_blocks if tier == "host" else 40
     files = DiskFiles(folder / "kv", 2 * num_blocks * slot_bytes_of(layout), model.identity, layout)
@@ -92,7 +92,7 @@ def restore_once(tier: str, folder: Path) -> dict[str, float]:
     serve(engine, "first", prompt)
     while engine.match_prefix(names_of(engine, prompt)):
         serve(engine, f"filler{rng.random()}", tuple(rng.choices(range(3, 250), k=8 * 64)))
-        time.sleep(0.03)  # the io threads write what the filler pushes out
+        time.sleep(0.15 if tier == "disk" else 0.03)  # the io threads write what the filler pushes out
     for index in range(8):
         sampling = SamplingParams(max_tokens=20_000)
         engine.add(EngineRequest(request_id=f"d{index}", epoch=1, prompt=(5, 6, 7 + index), sampling=sampling))

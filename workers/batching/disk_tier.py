@@ -84,7 +84,6 @@ class DiskTier:
         """The slot holds the block."""
         self._slot_of[block.name] = self._writing.pop(block.name)
         self.order.add(block.name, block.parent, block.depth, frequency)
-        self.reuse.wrote(frequency)
         self._written_as[block.name] = frequency
         self.off_reason, self._pause_s = "", FIRST_PAUSE_S
 
@@ -124,7 +123,7 @@ class DiskTier:
         self._read_errors = 0
         frequency = self._written_as.pop(name, None)
         if frequency is not None:
-            self.reuse.read(frequency)
+            self.reuse.ended(frequency, read=True)
 
     def is_corrupt(self, name: bytes) -> None:
         """What is in the slot is not the block: it leaves."""
@@ -168,7 +167,9 @@ class DiskTier:
     def _remove(self, name: bytes) -> None:
         self._unused.append(self._slot_of.pop(name))
         self.order.remove(name)
-        self._written_as.pop(name, None)
+        frequency = self._written_as.pop(name, None)
+        if frequency is not None:
+            self.reuse.ended(frequency, read=False)
 
     def _take_victim(self) -> int | None:
         name = self.order.victim(self._held.__contains__)

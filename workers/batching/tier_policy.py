@@ -85,28 +85,28 @@ class Pace:
 
 
 class ReuseRate:
-    """How often written blocks are read again, apart for those that one prompt used and those that several did."""
+    """How often written blocks are read again, apart for those that one prompt used and those that several did.
+
+    Only what became of a block counts: read, or gone without. One that still lies there says nothing yet.
+    """
 
     def __init__(self) -> None:
-        self._written = [1.0, 1.0]
+        self._ended = [1.0, 1.0]
         self._read = [1.0, 1.0]
 
-    def wrote(self, frequency: int) -> None:
-        """A block of this frequency was written."""
+    def ended(self, frequency: int, *, read: bool) -> None:
+        """A block that had this frequency when it was written was read for the first time since, or left unread."""
         kind = int(frequency > 1)
-        self._written[kind] += 1
-        if self._written[kind] > _MAX_OUTCOMES:
-            self._written[kind] /= 2
+        self._ended[kind] += 1
+        self._read[kind] += read
+        if self._ended[kind] > _MAX_OUTCOMES:
+            self._ended[kind] /= 2
             self._read[kind] /= 2
-
-    def read(self, frequency: int) -> None:
-        """A block that had this frequency when it was written was read for the first time since."""
-        self._read[int(frequency > 1)] += 1
 
     def of(self, frequency: int) -> float:
         """The share that is read again; 1 before anything is known, never 0."""
         kind = int(frequency > 1)
-        return min(1.0, self._read[kind] / self._written[kind])
+        return self._read[kind] / self._ended[kind]
 
 
 def worth_writing(reuse: float, compute_s: float, read_s: float, write_s: float) -> bool:
