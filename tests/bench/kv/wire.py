@@ -3,7 +3,7 @@
 `python -m tests.bench.kv.wire [BLOCK_KIB BLOCKS FRAME_KIB STREAMS [ROUNDS]]` prints one JSON line: GB/s from the first
 open to the commit, CPU seconds per GB of both sides, the same through shared memory, and the GB/s of a raw socket; medians of
 rounds that alternate. Integrity is on. A first hand-off of at most 32 MB is not measured: in a worker, messages use memory that
-earlier ones have used, and the pool of a peer is mapped.
+earlier ones have used. Through shared memory it moves everything, so that the measured one reads touched memory.
 """
 
 from __future__ import annotations
@@ -53,13 +53,17 @@ def _cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-async def receive(block_kib: int, blocks: int) -> None:
+async def receive(block_kib: int, blocks: int, shared: int) -> None:
     """Serves until standard input ends; prints the port first and its CPU seconds last."""
     layout = layout_of(block_kib)
     limits = ReceiveLimits(
         window_bytes=_WINDOW_BYTES, streams=MOST_STREAMS, progress_timeout_s=10.0, remember_s=10.0, shared_memory=True
     )  # fmt: skip
-    pool, hooks, ledger = MemoryPool(layout, blocks, _BLANK), Hooks(layout, *_requests(block_kib, blocks)), Ledger()
+    pool, hooks, ledger = (
+        MemoryPool(layout, blocks, _BLANK),
+        Hooks(layout, *_requests(block_kib, blocks, bool(shared))),
+        Ledger(),
+    )
     receiver = Receiver(port=pool, hooks=hooks, ledger=ledger, counters=TransferCounters(), limits=limits)
     server = grpc.aio.server(interceptors=[GuardInterceptor()], options=server_options())
     add_kv_transfer(KvTransferService(receiver), server)
@@ -76,9 +80,10 @@ async def receive(block_kib: int, blocks: int) -> None:
     await server.stop(0)
 
 
-def _requests(block_kib: int, blocks: int) -> tuple[EngineRequest, EngineRequest]:
+def _requests(block_kib: int, blocks: int, shared: bool) -> tuple[EngineRequest, EngineRequest]:
     """The one that is not measured and the one that is."""
-    return request_of(max(1, min(blocks, _WARMING_KIB // block_kib)), "first"), request_of(blocks)
+    first_blocks = blocks if shared else max(1, min(blocks, _WARMING_KIB // block_kib))
+    return request_of(first_blocks, "first"), request_of(blocks)
 
 
 async def send(
@@ -105,7 +110,7 @@ async def send(
     async with AsyncExitStack() as stack:
         channels = [await stack.enter_async_context(open_channel(f"127.0.0.1:{port}")) for _ in range(streams)]
         await asyncio.gather(*(channel.channel_ready() for channel in channels))
-        first, measured = _requests(block_kib, blocks)
+        first, measured = _requests(block_kib, blocks, shared)
         await _hand_over(first, channels, context)
         begin()
         started_s, before_s = time.monotonic(), _cpu_s()
@@ -142,7 +147,7 @@ def measure_rounds(block_kib: int, blocks: int, frame_kib: int, streams: int = 1
 def measure(block_kib: int, blocks: int, frame_kib: int, streams: int, *, shared: bool = False) -> dict[str, float]:
     """One hand-off between two processes; `shared`: through shared memory. As in a worker, freed memory is kept."""
     keep_freed_memory()
-    command = [sys.executable, "-m", "tests.bench.kv.wire", "receive", str(block_kib), str(blocks)]
+    command = [sys.executable, "-m", "tests.bench.kv.wire", "receive", str(block_kib), str(blocks), str(int(shared))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None and child.stdout is not None
         port = int(child.stdout.readline())
