@@ -79,13 +79,13 @@ def _certificates(directory: str) -> Certificates | None:
     return Certificates(files, time.time, _WORKER)
 
 
-async def receive(block_kib: int, blocks: int, tls_dir: str = "") -> None:
+async def receive(block_kib: int, blocks: int, tls_dir: str, shared: bool) -> None:
     """Serves until standard input ends; prints the port first and its CPU seconds last. With TLS when there is a directory."""
     layout, certificates = layout_of(block_kib), _certificates(tls_dir)
     limits = ReceiveLimits(
         window_bytes=_WINDOW_BYTES, streams=MOST_STREAMS, progress_timeout_s=10.0, remember_s=10.0, shared_memory=True
     )
-    pool, hooks, ledger = MemoryPool(layout, blocks, _BLANK), Hooks(layout, *_requests(block_kib, blocks)), Ledger()
+    pool, hooks, ledger = MemoryPool(layout, blocks, _BLANK), Hooks(layout, *_requests(block_kib, blocks, shared)), Ledger()
     receiver = Receiver(port=pool, hooks=hooks, ledger=ledger, counters=TransferCounters(), limits=limits)
     gate = PeerGate(_WORKER.cluster) if certificates else None
     server = grpc.aio.server(interceptors=[GuardInterceptor(gate=gate)], options=server_options())
@@ -107,9 +107,10 @@ async def receive(block_kib: int, blocks: int, tls_dir: str = "") -> None:
     await server.stop(0)
 
 
-def _requests(block_kib: int, blocks: int) -> tuple[EngineRequest, EngineRequest]:
+def _requests(block_kib: int, blocks: int, shared: bool) -> tuple[EngineRequest, EngineRequest]:
     """The one that is not measured and the one that is."""
-    return request_of(max(1, min(blocks, _WARMING_KIB // block_kib)), "first"), request_of(blocks)
+    first_blocks = blocks if shared else max(1, min(blocks, _WARMING_KIB // block_kib))
+    return request_of(first_blocks, "first"), request_of(blocks)
 
 
 async def send(
@@ -134,7 +135,7 @@ async def send(
     async with AsyncExitStack() as stack:
         channels = [await stack.enter_async_context(dialer.open(f"127.0.0.1:{port}")) for _ in range(streams)]
         await asyncio.gather(*(channel.channel_ready() for channel in channels))
-        first, measured = _requests(block_kib, blocks)
+        first, measured = _requests(block_kib, blocks, shared)
         await _hand_over(first, channels, context)
         begin()
         started_s, before_s = time.monotonic(), _cpu_s()
@@ -177,7 +178,16 @@ def measure(block_kib: int, blocks: int, frame_kib: int, streams: int, way: Way 
 
 def _measure(block_kib: int, blocks: int, frame_kib: int, streams: int, tls_dir: str, shared: bool) -> dict[str, float]:
     _certificates(tls_dir)
-    command = [sys.executable, "-m", "tests.bench.kv.wire", "receive", str(block_kib), str(blocks), tls_dir]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.kv.wire",
+        "receive",
+        str(block_kib),
+        str(blocks),
+        tls_dir,
+        "1" if shared else "",
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None and child.stdout is not None
         port = int(child.stdout.readline())
@@ -201,7 +211,7 @@ def _measure(block_kib: int, blocks: int, frame_kib: int, streams: int, tls_dir:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["receive"]:
         keep_freed_memory()
-        asyncio.run(receive(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
+        asyncio.run(receive(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], bool(sys.argv[5])))
     else:
         named = Way(sys.argv[1]) if sys.argv[1:2] and sys.argv[1] in list(Way) else None
         numbers = sys.argv[1 if named is None else 2 :] or ["1024", "256", "1024", "4"]
