@@ -183,7 +183,7 @@ class AttackRun:
     async def _victim(self, row: Row, case: Case, tries: int, tenant: str) -> int:
         self._serial += 1
         row.requests += 1
-        rng = random.Random(f"{self._seed}/{case.name}/{row.requests}")
+        rng = random.Random(f"{self._seed}/{row.case}/{case.name}/{row.requests}")
         attack = Attack(case, tenant, tries, rng)
         request_id = f"a{self._serial}"
         self.wire.attacks[request_id] = attack

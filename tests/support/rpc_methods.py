@@ -16,7 +16,7 @@ _CALL_S = 10.0
 _HEALTH = "grpc.health.v1.Health"
 
 LISTENERS = {
-    "worker": {"autan.v1.Worker", "autan.v1.KvTransfer", _HEALTH},
+    "worker": {"autan.v1.Worker", "autan.v1.KvTransfer", "autan.v1.PrefixTransfer", _HEALTH},
     "orchestrator": {"autan.v1.Inference", "autan.v1.Admin", _HEALTH},
     "sink": {"autan.v1.TokenSink"},
 }
