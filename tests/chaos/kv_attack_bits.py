@@ -15,6 +15,7 @@ _BITS = {
     FieldDescriptor.TYPE_INT64: 63, FieldDescriptor.TYPE_FIXED32: 32, FieldDescriptor.TYPE_FIXED64: 64,
     FieldDescriptor.TYPE_BOOL: 1, FieldDescriptor.TYPE_ENUM: 3,
 }  # fmt: skip
+_EMPTY: dict[int, Any] = {FieldDescriptor.TYPE_BYTES: b"", FieldDescriptor.TYPE_STRING: "", FieldDescriptor.TYPE_DOUBLE: 0.0}
 
 
 def paths(descriptor: Descriptor, whole: frozenset[str] = frozenset()) -> Iterator[str]:
@@ -69,7 +70,7 @@ def _flip(owner: Message, field: FieldDescriptor, rng: random.Random) -> None:
             at = rng.randrange(len(value))
             value[at] = _changed(value[at], field, rng)
         else:
-            value.append(_changed(b"" if field.type == FieldDescriptor.TYPE_BYTES else "", field, rng))
+            value.append(_changed(_EMPTY.get(field.type, 0), field, rng))
     elif field.type == FieldDescriptor.TYPE_MESSAGE:
         inner = rng.choice([one for one in field.message_type.fields if not is_list(one)])
         _flip(value, inner, rng)

@@ -14,7 +14,7 @@ from tests.support.processes import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
-TOKENS = 800
+TOKENS = 1000
 CONFIG = oracle_config("moves", decode=2, engine={"oracle": {"decode_step_s": 0.02}})
 
 
