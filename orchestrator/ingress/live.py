@@ -208,6 +208,12 @@ class StreamTable:
         if live.stream.state is not StreamState.ENDED and live.is_accepted:
             self.gaps.setdefault(live.request_id, Gap(live.now_s)).seen_s = live.now_s
 
+    def follows_on(self, live: LiveStream) -> None:
+        """A worker sent tokens without a gap: what it was asked for has come. What it was not asked for yet may still lack."""
+        gap = self.gaps.get(live.request_id)
+        if gap is not None and gap.asked_s is not None:
+            del self.gaps[live.request_id]
+
     def attach(self, live: LiveStream, listener: asyncio.Event) -> None:
         """A client reads along."""
         live.listeners.add(listener)

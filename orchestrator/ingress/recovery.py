@@ -113,6 +113,8 @@ class Recovery:
                 break
             if live.stream.epoch == epoch:
                 return
+        else:
+            return
         before = live.stream.accepted
         if await self._adopter.catch_up(live):
             logger.warning("request %s: tokens %d to %d were only in Redis", live.request_id, before, live.stream.accepted - 1)

@@ -103,7 +103,7 @@ class TokenSink(tokens_pb2_grpc.TokenSinkServicer):
                 self._table.lacks_tokens(live)
                 self._watch.wake()
             case Verdict.TAKEN | Verdict.KNOWN:
-                self._table.gaps.pop(live.request_id, None)
+                self._table.follows_on(live)
                 self._journal.mark(live)
             case _:
                 pass
