@@ -72,8 +72,9 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: self.epoch > 0)
     @rule(data=st.data())
     def deliver(self, data: st.DataObject) -> None:
-        epoch = data.draw(st.integers(1, self.epoch))
-        first = data.draw(st.integers(self.starts[epoch], LENGTH))
+        epoch = data.draw(st.just(self.epoch) | st.integers(1, self.epoch))
+        kept = self.forgotten[epoch]
+        first = data.draw(st.just(max(kept, min(self.stream.accepted, LENGTH))) | st.just(kept) | st.integers(kept, LENGTH))
         end = data.draw(st.integers(first, LENGTH))
         before, state = self.stream.accepted, self.stream.state
         known_epoch = self.stream.epoch
@@ -264,6 +265,26 @@ def test_a_newer_epoch_that_contradicts_what_was_shown_diverges() -> None:
     stream.release()
     assert stream.receive(Delivery(2, 3, [51])).verdict is Verdict.DIVERGED
     assert stream.read(3, 9) == Chunk(3, (50,), stream.read(3, 9).text)  # type: ignore[union-attr]
+
+
+def test_the_journal_brings_back_what_is_not_here_and_may_complete_the_stream() -> None:
+    stream = open_stream(3)
+    assert stream.receive(Delivery(1, 5, REFERENCE[5:7])).verdict is Verdict.GAP
+    assert stream.backfill(REFERENCE[:5]) and (stream.accepted, stream.journaled, stream.visible) == (5, 5, 5)
+    assert stream.receive(Delivery(1, 5, REFERENCE[5:7])).verdict is Verdict.TAKEN
+    assert stream.backfill(REFERENCE[:4]) and (stream.accepted, stream.journaled) == (7, 5), (
+        "an older reading takes nothing back"
+    )
+    assert stream.backfill(REFERENCE) and stream.state is StreamState.COMPLETE
+    assert stream.ending is not None and stream.ending.reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("journal", [[*REFERENCE[:2], 50], [50], [*REFERENCE, 9]])
+def test_a_journal_that_contradicts_the_stream_changes_nothing(journal: list[int]) -> None:
+    stream = open_stream(LENGTH if len(journal) > LENGTH else 3)
+    before = stream.accepted
+    assert not stream.backfill(journal)
+    assert (stream.accepted, stream.journaled) == (before, before)
 
 
 def test_more_tokens_than_were_asked_for_are_not_taken() -> None:

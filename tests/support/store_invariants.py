@@ -18,21 +18,24 @@ class Picture:
 
     def __init__(self, raw: RawStore) -> None:
         prefix = raw.base + ":"
-        names = [key.decode() for key in raw.redis.scan_iter(match=prefix + "*", count=1000)]
+        found = [key.decode() for key in raw.redis.scan_iter(match=prefix + "*", count=1000)]
         pipe = raw.redis.pipeline(transaction=False)
-        for name in names:
+        for name in found:
             pipe.type(name)
             pipe.pttl(name)
         meta = pipe.execute()
+        # A key whose time is over between two readings is not there.
+        there = [(name, kind, ttl) for name, kind, ttl in zip(found, meta[::2], meta[1::2], strict=True) if kind != b"none"]
+        names = [name for name, _, _ in there]
         reads = {"hash": "hgetall", "set": "smembers", "string": "get"}
-        for name, kind in zip(names, meta[::2], strict=True):
+        for name, kind, _ in there:
             if kind == b"zset":
                 pipe.zrange(name, 0, -1, withscores=True)
             elif kind == b"list":
                 pipe.lrange(name, 0, -1)
             else:
                 getattr(pipe, reads[kind.decode()])(name)
-        self.ttl = {name.removeprefix(prefix): ttl for name, ttl in zip(names, meta[1::2], strict=True)}
+        self.ttl = {name.removeprefix(prefix): ttl for name, _, ttl in there}
         self.keys: dict[str, Any] = {
             name.removeprefix(prefix): _decode(value) for name, value in zip(names, pipe.execute(), strict=True)
         }
