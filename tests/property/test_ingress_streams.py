@@ -126,7 +126,9 @@ class Interleavings(RuleBasedStateMachine):
     @rule(data=st.data(), lost_reply=st.booleans())
     def arrive(self, data: st.DataObject, lost_reply: bool) -> None:
         """One of the emits reaches Redis, which checks epoch and place as autan_emit does."""
-        sender, pending = self.under_way.pop(data.draw(st.integers(0, len(self.under_way) - 1)))
+        self._arrives(*self.under_way.pop(data.draw(st.integers(0, len(self.under_way) - 1))), lost_reply)
+
+    def _arrives(self, sender: RequestStream, pending: Pending, lost_reply: bool) -> None:
         if pending.epoch != self.epoch or pending.first_index > len(self.redis):
             return
         self.redis += pending.token_ids[len(self.redis) - pending.first_index :]
@@ -141,10 +143,13 @@ class Interleavings(RuleBasedStateMachine):
         self.forgotten[sender.epoch] = max(self.forgotten[sender.epoch], sender.journaled)
 
     @precondition(lambda self: self.stream.state is StreamState.OPEN)
-    @rule()
-    def replaced(self) -> None:
-        """The request is adopted from Redis, while what the stream before has sent is still under way."""
+    @rule(late=st.booleans(), lost_reply=st.booleans())
+    def replaced(self, late: bool, lost_reply: bool) -> None:
+        """The request is adopted from Redis, while what the stream before has sent is still under way, or comes just then."""
+        before, pending = self.stream, self.stream.pending(LENGTH)
         self.stream = a_stream(journal=self.redis, epoch=self.epoch)
+        if late and pending is not None:
+            self._arrives(before, pending, lost_reply)
 
     @rule()
     def catch_up(self) -> None:
