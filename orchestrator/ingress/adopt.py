@@ -16,10 +16,11 @@ from orchestrator.ingress.metrics import Metrics
 from orchestrator.ingress.model import ServedModel
 from orchestrator.ingress.owner import Ownership
 from orchestrator.ingress.records import ended_stream_of, stream_of
+from orchestrator.ingress.verdicts import diverged_error
 from orchestrator.store.client import Store
 from orchestrator.store.replies import TERMINAL, ResumeReply
 from protos.contract.errors import AutanError, InternalError, ResumeGone, UnavailableError, UnknownRequest
-from protos.contract.redis_names import Code
+from protos.contract.redis_names import Code, unpack_tokens
 from protos.wire import common
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,27 @@ class Adopter:
                 live.owner_epoch = self._owner.epoch
                 if reply.code is Code.OK:
                     self._journal.mark(live)
+
+    async def catch_up(self, live: LiveStream) -> bool:
+        """Reads the journal of a live stream and has its workers replay to here; True when there were tokens in it to take in.
+
+        Only for a request that is ours: whoever else had it would lose it.
+        """
+        stream = live.stream
+        async with self.lock(live.request_id):
+            reply = await self._resume(live.request_id, "", take=True, missing_ok=True)
+            if reply.code is not Code.OK or reply.state in TERMINAL or not live.needs_owner:
+                return False  # the next look at it tells the end
+            before = stream.accepted
+            stream.supersede(reply.epoch, reply.n)
+            if not stream.backfill(unpack_tokens(reply.tokens)):
+                self._table.give_up(live, diverged_error(live.request_id), "diverged")
+                return False
+        live.acknowledge()
+        live.wake()
+        self._journal.mark(live)
+        self._metrics.count("tokens_read_back", max(0, stream.accepted - before))
+        return stream.accepted > before
 
     async def _resume(self, request_id: str, tenant: str, take: bool, missing_ok: bool = False) -> ResumeReply:
         owner = self._owner

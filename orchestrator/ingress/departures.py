@@ -17,6 +17,7 @@ from orchestrator.ingress.streams import StreamState
 from orchestrator.ingress.tasks import end_tasks
 from orchestrator.store.client import Store
 from protos.contract.errors import AutanError, Cancelled
+from protos.contract.redis_names import Code
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Departures:
         self._table = table
         self._metrics = metrics
         self._linger_s = linger_s
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._closed = False
 
     def left(self, live: LiveStream) -> None:
@@ -51,7 +52,7 @@ class Departures:
         self._closed = True
         await end_tasks(list(self._tasks))
 
-    def _start(self, work: Coroutine[None, None, None]) -> None:
+    def _start(self, work: Coroutine[None, None, object]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -61,19 +62,21 @@ class Departures:
         if not _is_left_alone(live):
             return
         self._metrics.count("clients_left")
-        await self._cancel(live.request_id, live.spec.tenant, "client left")
-        self._table.end(live, Cancelled(f"request {live.request_id} was cancelled (client left)"))
+        if await self._cancel(live.request_id, live.spec.tenant, "client left"):
+            self._table.end(live, Cancelled(f"request {live.request_id} was cancelled (client left)"))
 
-    async def _cancel(self, request_id: str, tenant: str, reason: str) -> None:
+    async def _cancel(self, request_id: str, tenant: str, reason: str) -> bool:
+        """True when this call ended it; an end that it had before is found by the watch."""
         backoff_s = _FIRST_BACKOFF_S
         for _ in range(_MAX_TRIES):
             try:
-                await self._store.cancel(request_id, tenant, reason)
-                return
+                reply = await self._store.cancel(request_id, tenant, reason)
+                return reply.code is Code.OK
             except AutanError as error:
                 logger.info("request %s cannot be cancelled yet: %s", request_id, error)
             await asyncio.sleep(backoff_s)
             backoff_s = min(_LAST_BACKOFF_S, backoff_s * 2)
+        return False
 
 
 def _is_left_alone(live: LiveStream) -> bool:

@@ -14,6 +14,7 @@ from orchestrator.ingress.adopt import Adopter
 from orchestrator.ingress.auth import Principal
 from orchestrator.ingress.chat import Message, encode_chat
 from orchestrator.ingress.departures import Departures
+from orchestrator.ingress.journal import Journal
 from orchestrator.ingress.live import LiveStream, StreamTable
 from orchestrator.ingress.metrics import Metrics
 from orchestrator.ingress.model import ServedModel
@@ -53,6 +54,7 @@ class Intake:
         store: Store,
         owner: Ownership,
         table: StreamTable,
+        journal: Journal,
         adopter: Adopter,
         departures: Departures,
         model: ServedModel,
@@ -64,6 +66,7 @@ class Intake:
         self._store = store
         self._owner = owner
         self._table = table
+        self._journal = journal
         self._adopter = adopter
         self._departures = departures
         self._model = model
@@ -156,7 +159,8 @@ class Intake:
         here = self._table.get(request_id)
         live = here or self._fresh(valid, request_id, tenant, timeout_s)
         if here is None:
-            # In the table before the store knows it: its first tokens may come before the store's reply.
+            # In the table before the store knows it: its first tokens may come before the store's reply. They stay in memory
+            # until then: without the reply it is not known whose tokens they are, and another stream may come to hold the id.
             self._table.add(live)
         try:
             reply = await self._send(valid, live, request_id, tenant, timeout_s)
@@ -167,6 +171,7 @@ class Intake:
         if reply.code is Code.OK:
             live.is_accepted = True
             live.owner_epoch = self._owner.epoch
+            self._journal.mark(live)
             self._metrics.count("requests_accepted")
             return live
         if here is None:

@@ -15,10 +15,10 @@ from orchestrator.ingress.live import LiveStream, StreamTable
 from orchestrator.ingress.metrics import Metrics
 from orchestrator.ingress.owner import Ownership
 from orchestrator.ingress.streams import Pending, StreamState
-from orchestrator.ingress.verdicts import Ended, NotOurs, Superseded, judge, moved_error
+from orchestrator.ingress.verdicts import Behind, Ended, NotOurs, Superseded, diverged_error, judge, moved_error
 from orchestrator.store.client import EMIT_BATCH, Store
 from orchestrator.store.replies import Emission, EmitOutcome, Look
-from protos.contract.errors import AutanError, EngineFailure
+from protos.contract.errors import AutanError
 from protos.contract.redis_names import Code, pack_tokens
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Journal:
                 live.stream.journaled_to(outcome.next_index)
                 return True
             case Code.DIVERGED:
-                self._table.end(live, diverged_error(live.request_id))
+                self._table.give_up(live, diverged_error(live.request_id), "diverged")
                 return True
             case _:
                 return False
@@ -156,13 +156,23 @@ class Journal:
         match reply.code:
             case Code.OK | Code.DUPLICATE:
                 self._table.end(live, ending)
-            case Code.GAP:
+            case Code.GAP if reply.n <= ending.num_tokens:
                 live.stream.journaled_to(reply.n)
             case Code.STALE:
                 return live, epoch
             case _:
                 return live, None
         return None
+
+    async def is_ours(self, live: LiveStream) -> bool:
+        """True when Redis lets this registration write the request at the stream's epoch. Otherwise what it says is applied."""
+        epoch = live.stream.epoch
+        nothing = Emission(live.request_id, epoch, 0, b"")
+        [outcome] = await self._store.emit(self._owner.ingress_id, self._owner.epoch, [nothing])
+        if outcome.code in (Code.OK, Code.DUPLICATE, Code.STATE):
+            return True
+        await self._examine([(live, epoch if outcome.code is Code.STALE else None)])
+        return False
 
     async def _examine(self, doubtful: Sequence[tuple[LiveStream, int | None]]) -> None:
         if not doubtful:
@@ -187,6 +197,8 @@ class Journal:
                 # A registration that is newer than the ownership means that the watch takes the request again.
                 if live.owner_epoch == self._owner.epoch:
                     self._table.end(live, moved_error(live.request_id))
+            case Behind():
+                self._table.lacks_tokens(live)
             case _:
                 pass
 
@@ -209,8 +221,3 @@ class Journal:
         live.stream.release()
         self._metrics.count("tokens_shown_unjournaled", live.stream.visible - before)
         live.wake()
-
-
-def diverged_error(request_id: str) -> EngineFailure:
-    """Two workers disagree about a token that was accepted: nothing after it can be trusted."""
-    return EngineFailure(f"request {request_id}: a repeated token differs from the accepted one; send it again under a new id")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from orchestrator.domain.clock import Clock
 from orchestrator.ingress.acks import AckBox
 from orchestrator.ingress.metrics import Metrics
 from orchestrator.ingress.streams import Delivery, Ending, Outcome, Receipt, RequestStream, StreamState, Verdict
+from protos.contract.errors import AutanError
 from protos.wire import common
 
 _REMEMBERED_ENDS = 8192
 
 _COUNTERS = {
     Verdict.STALE: "stale_refused",
-    Verdict.GAP: "gaps_ignored",
+    Verdict.GAP: "gaps_seen",
     Verdict.DIVERGED: "diverged",
     Verdict.INVALID: "invalid_tokens",
 }
@@ -38,7 +40,7 @@ class LiveStream:
         self.spec = spec
         self.stream = stream
         self.deadline_at_s = deadline_at_s
-        self.is_accepted = True  # False until the store said so; nothing is promised before
+        self.is_accepted = True  # False until the store said so; nothing is promised or written before
         self.owner_epoch = 0  # registration of this ingress under which it owns the request
         self.runs_alone = False  # goes on without listeners
         self.listeners: set[asyncio.Event] = set()
@@ -54,6 +56,11 @@ class LiveStream:
         return self.stream.request_id
 
     @property
+    def now_s(self) -> float:
+        """The time on the clock of the ingress."""
+        return self._clock.now_s()
+
+    @property
     def prompt_tokens(self) -> int:
         """Length of the prompt."""
         return len(self.spec.prompt_token_ids) // 4
@@ -65,9 +72,9 @@ class LiveStream:
 
     @property
     def needs_journal(self) -> bool:
-        """True when Redis does not have all that is here yet."""
+        """True when Redis does not have all that is here yet. A stream that may yet be discarded writes nothing."""
         stream = self.stream
-        if stream.state is StreamState.ENDED:
+        if stream.state is StreamState.ENDED or not self.is_accepted:
             return False
         return stream.journaled < stream.accepted or stream.state is StreamState.COMPLETE
 
@@ -114,7 +121,7 @@ class LiveStream:
                 del self._workers[instance_id]
 
     def _measure(self, new_tokens: int, metrics: Metrics) -> None:
-        now_s = self._clock.now_s()
+        now_s = self.now_s
         metrics.count("tokens_accepted", new_tokens)
         if self._last_token_at_s is not None:
             metrics.itl.observe((now_s - self._last_token_at_s) / new_tokens, new_tokens)
@@ -124,13 +131,27 @@ class LiveStream:
         self._last_token_at_s = now_s
 
 
+@dataclass(slots=True)
+class Gap:
+    """Tokens that a stream lacks: when the last sign of them came, and when Redis and the worker were first asked for them."""
+
+    seen_s: float
+    asked_s: float | None = None
+
+
 class StreamTable:
-    """All live streams by id, and the last ends, so that a worker that asks again is told."""
+    """All live streams by id, and the last ends, so that a worker that asks again is told.
+
+    `gaps` and `owed` are what recovery works on: streams that lack tokens, and ends that were told here without Redis, with
+    the reason to cancel for. A stream whose end is owed stays, so that whoever asks again is told the same.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._live: dict[str, LiveStream] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
+        self.gaps: dict[str, Gap] = {}
+        self.owed: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[LiveStream]:
         return iter(list(self._live.values()))
@@ -156,17 +177,42 @@ class StreamTable:
         """Forgets a stream that was never accepted."""
         if self._live.get(live.request_id) is live:
             del self._live[live.request_id]
+            self.gaps.pop(live.request_id, None)
 
     def end(self, live: LiveStream, outcome: Outcome) -> None:
         """The request is terminal in Redis, or given up: tells workers and clients. Idempotent."""
         if live.stream.state is StreamState.ENDED:
             return
         live.stream.end(outcome)
+        self.gaps.pop(live.request_id, None)
         name = "done" if isinstance(outcome, Ending) else outcome.reason.lower()
         self._metrics.count(f"requests_{name}")
         live.acknowledge()
         live.wake()
         self._forget_if_over(live)
+
+    def give_up(self, live: LiveStream, error: AutanError, reason: str) -> None:
+        """Ends a stream without having asked Redis; the request is to be cancelled there for `reason`. Idempotent."""
+        if live.stream.state is StreamState.ENDED:
+            return
+        self.owed[live.request_id] = reason
+        self.end(live, error)
+
+    def paid(self, live: LiveStream) -> None:
+        """Redis has an end of a request that was given up here."""
+        self.owed.pop(live.request_id, None)
+        self._forget_if_over(live)
+
+    def lacks_tokens(self, live: LiveStream) -> None:
+        """Redis or a worker has tokens of the stream that are beyond its next one."""
+        if live.stream.state is not StreamState.ENDED and live.is_accepted:
+            self.gaps.setdefault(live.request_id, Gap(live.now_s)).seen_s = live.now_s
+
+    def follows_on(self, live: LiveStream) -> None:
+        """A worker sent tokens without a gap: what it was asked for has come. What it was not asked for yet may still lack."""
+        gap = self.gaps.get(live.request_id)
+        if gap is not None and gap.asked_s is not None:
+            del self.gaps[live.request_id]
 
     def attach(self, live: LiveStream, listener: asyncio.Event) -> None:
         """A client reads along."""
@@ -179,6 +225,8 @@ class StreamTable:
 
     def _forget_if_over(self, live: LiveStream) -> None:
         if live.stream.state is not StreamState.ENDED or live.listeners or self._live.get(live.request_id) is not live:
+            return
+        if live.request_id in self.owed:
             return
         del self._live[live.request_id]
         self._ended[live.request_id] = None

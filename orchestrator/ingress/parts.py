@@ -21,6 +21,7 @@ from orchestrator.ingress.metrics import Metrics
 from orchestrator.ingress.model import ServedModel
 from orchestrator.ingress.moving import Mover, SignMove, unsigned_move
 from orchestrator.ingress.owner import Ownership
+from orchestrator.ingress.recovery import Recovery
 from orchestrator.ingress.service import InferenceService
 from orchestrator.ingress.token_sink import TokenSink
 from orchestrator.ingress.validate import Limits
@@ -43,6 +44,7 @@ class IngressSettings:
     max_migrations: int = 3
     linger_s: float = 0.5  # a client that left may come back for so long before its request is cancelled
     stall_s: float = 30.0  # a client that reads nothing for so long loses its stream
+    gap_patience_s: float = 10.0  # a worker that was asked to replay may lack tokens for so long before they are given up
     max_backlog_tokens: int = 1_000_000  # accepted while Redis is away, before workers have to wait
 
 
@@ -94,7 +96,7 @@ def assemble(
     """Makes the parts; nothing runs yet."""
     base = _base(settings, store, model, sink_address, clock=clock or SystemClock())
     metrics, table, owner, journal = base.metrics, base.table, base.owner, base.journal
-    watch = Watch(store=store, owner=owner, table=table, journal=journal, adopter=base.adopter, clock=base.clock)
+    watch = _watch(settings, base)
     intake = _intake(settings, base)
     service = _service(settings, base, intake, authorise)
 
@@ -128,7 +130,7 @@ def assemble(
         departures=base.departures,
         service=service,
         admin=admin,
-        sink=TokenSink(table=table, journal=journal, watch=watch, metrics=metrics, store=store),
+        sink=TokenSink(table=table, journal=journal, watch=watch, metrics=metrics),
     )
 
 
@@ -170,11 +172,32 @@ def _base(settings: IngressSettings, store: Store, model: ServedModel, sink_addr
     )
 
 
+def _watch(settings: IngressSettings, base: Base) -> Watch:
+    recovery = Recovery(
+        store=base.store,
+        table=base.table,
+        journal=base.journal,
+        adopter=base.adopter,
+        clock=base.clock,
+        patience_s=settings.gap_patience_s,
+    )
+    return Watch(
+        store=base.store,
+        owner=base.owner,
+        table=base.table,
+        journal=base.journal,
+        adopter=base.adopter,
+        recovery=recovery,
+        clock=base.clock,
+    )
+
+
 def _intake(settings: IngressSettings, base: Base) -> Intake:
     return Intake(
         store=base.store,
         owner=base.owner,
         table=base.table,
+        journal=base.journal,
         adopter=base.adopter,
         departures=base.departures,
         model=base.model,

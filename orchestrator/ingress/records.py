@@ -118,6 +118,14 @@ def lost_error(request_id: str) -> AutanError:
     return StoreUnavailable(f"Redis has lost request {request_id} (wiped, or failed over): send it again under a new id")
 
 
+def lost_tokens_error(request_id: str, first: int) -> AutanError:
+    """For tokens that were acknowledged to their worker, so that it has forgotten them, and that Redis has lost."""
+    return StoreUnavailable(
+        f"Redis has lost request {request_id} from token {first} on, and its worker has not got it any more "
+        "(killed before it wrote, or failed over): send it again under a new id"
+    )
+
+
 def merge_timeline(known: common.Timeline, news: common.Timeline) -> None:
     """Adds what a worker says to what is known: a field that it set wins, a field that it left at zero does not."""
     known.MergeFrom(news)

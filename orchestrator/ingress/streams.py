@@ -3,7 +3,7 @@
 Theory of operation. Workers send (epoch, first index, tokens), more than once and from more than one worker: the prefill
 worker sends the first token, the decode worker sends it again, a worker that reconnects replays what was not acknowledged.
 A token is accepted when its epoch is the current one and its index is the next one. Lower indexes are compared and dropped,
-a gap is ignored, an older epoch is stale.
+an older epoch is stale. Tokens beyond a gap are not taken: what is missing is in Redis, or its worker sends it again.
 
 A newer epoch takes over. Its first index is what the journal held when the epoch began, so what an older epoch sent from
 there on was never journaled: it is dropped, except for tokens that were shown while Redis was away. Those stay, and a
@@ -69,7 +69,7 @@ class Verdict(StrEnum):
     TAKEN = "taken"  # at least one new token, or the finish
     KNOWN = "known"  # nothing new
     STALE = "stale"  # of an older epoch
-    GAP = "gap"  # beyond the next index: ignored, the worker replays
+    GAP = "gap"  # beyond the next index: not taken; see recovery
     DIVERGED = "diverged"  # a known token came again with another value
     INVALID = "invalid"  # a token outside the vocabulary
     ENDED = "ended"  # the stream has ended
@@ -159,12 +159,7 @@ class RequestStream:
             if self._ending is None:
                 self._append(token_id)
         self._journaled = self._visible = len(self._tokens)
-        if self._tokens and self._ending is None:
-            # The worker that sampled the last token may be gone, and another one would continue behind it.
-            if self._tokens[-1] in bounds.stop_token_ids and len(self._tokens) > bounds.min_tokens:
-                self._complete(FinishReason.STOP)
-            elif len(self._tokens) >= bounds.max_tokens:
-                self._complete(FinishReason.LENGTH)
+        self._close_if_journal_ends()
 
     @property
     def accepted(self) -> int:
@@ -247,6 +242,20 @@ class RequestStream:
         start = self._journaled
         return Pending(self.epoch, start, tuple(self._tokens[start : start + limit]))
 
+    def backfill(self, journal: Sequence[int]) -> bool:
+        """Takes in all tokens that Redis has of the request, at this epoch; False when they contradict what is here."""
+        known = min(len(journal), len(self._tokens))
+        if list(journal[:known]) != self._tokens[:known] or (self._ending is not None and len(journal) > known):
+            return False
+        for token_id in journal[known:]:
+            if self._ending is None:
+                self._append(token_id)
+        if len(journal) > self._journaled:
+            self.journaled_to(len(journal))
+        if len(journal) == len(self._tokens):
+            self._close_if_journal_ends()
+        return True
+
     def journaled_to(self, next_index: int) -> None:
         """Redis holds all tokens below `next_index`. They may be shown. A lower value than before: Redis lost some."""
         self._journaled = min(max(next_index, 0), len(self._tokens))
@@ -290,6 +299,15 @@ class RequestStream:
         self._texts.append(text)
         if stop is not None:
             self._complete(FinishReason.STOP, stop)
+
+    def _close_if_journal_ends(self) -> None:
+        """The worker that sampled the last token may be gone, and another one would continue behind it."""
+        if not self._tokens or self._ending is not None:
+            return
+        if self._tokens[-1] in self._bounds.stop_token_ids and len(self._tokens) > self._bounds.min_tokens:
+            self._complete(FinishReason.STOP)
+        elif len(self._tokens) >= self._bounds.max_tokens:
+            self._complete(FinishReason.LENGTH)
 
     def _close_if_last(self, delivery: Delivery, cut: bool) -> None:
         if self._ending is not None:

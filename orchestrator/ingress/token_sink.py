@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Any
 
 from orchestrator.ingress.acks import AckBox
-from orchestrator.ingress.journal import Journal, diverged_error
+from orchestrator.ingress.journal import Journal
 from orchestrator.ingress.live import LiveStream, StreamTable
 from orchestrator.ingress.metrics import Metrics
 from orchestrator.ingress.records import merge_timeline
 from orchestrator.ingress.streams import Delivery, FinishReason, Receipt, Verdict
 from orchestrator.ingress.tasks import end_tasks
+from orchestrator.ingress.verdicts import diverged_error
 from orchestrator.ingress.watch import Watch
-from orchestrator.store.client import Store
 from protos.contract.errors import AutanError, EngineFailure, InvalidRequest
 from protos.contract.redis_names import is_name, unpack_tokens
 from protos.contract.token_logprobs import is_packed
@@ -37,13 +36,11 @@ _FINISH = {
 class TokenSink(tokens_pb2_grpc.TokenSinkServicer):
     """One bidirectional stream for each worker: tokens in, acknowledgements out."""
 
-    def __init__(self, *, table: StreamTable, journal: Journal, watch: Watch, metrics: Metrics, store: Store) -> None:
+    def __init__(self, *, table: StreamTable, journal: Journal, watch: Watch, metrics: Metrics) -> None:
         self._table = table
         self._journal = journal
         self._watch = watch
         self._metrics = metrics
-        self._store = store
-        self._cancels: set[asyncio.Task[None]] = set()
 
     async def Deliver(
         self, request_iterator: AsyncIterator[tokens.TokenBatch], context: Any
@@ -94,26 +91,27 @@ class TokenSink(tokens_pb2_grpc.TokenSinkServicer):
         self._follow_up(live, receipt)
 
     def _follow_up(self, live: LiveStream, receipt: Receipt) -> None:
+        known = live.stream.accepted
         match receipt.verdict:
             case Verdict.DIVERGED:
                 self._give_up(live, diverged_error(live.request_id))
             case Verdict.INVALID:
                 self._give_up(live, EngineFailure(f"request {live.request_id}: the worker sent a token outside the vocabulary"))
             case Verdict.GAP:
-                logger.warning("request %s: a gap in the tokens of its worker is ignored", live.request_id)
-            case _:
+                if live.request_id not in self._table.gaps:
+                    logger.warning("request %s: its worker has tokens beyond the %d that are here", live.request_id, known)
+                self._table.lacks_tokens(live)
+                self._watch.wake()
+            case Verdict.TAKEN | Verdict.KNOWN:
+                self._table.follows_on(live)
                 self._journal.mark(live)
+            case _:
+                pass
 
     def _give_up(self, live: LiveStream, error: AutanError) -> None:
         logger.error("%s", error)
-        self._table.end(live, error)
-        task = asyncio.create_task(self._cancel(live, error.reason.lower()))
-        self._cancels.add(task)
-        task.add_done_callback(self._cancels.discard)
-
-    async def _cancel(self, live: LiveStream, reason: str) -> None:
-        with suppress(AutanError):  # its deadline ends it if Redis is away
-            await self._store.cancel(live.request_id, live.spec.tenant, reason)
+        self._table.give_up(live, error, error.reason.lower())
+        self._watch.wake()
 
 
 def _delivery(message: tokens.RequestTokens) -> Delivery:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from orchestrator.ingress.records import lost_error, outcome_of
 from orchestrator.ingress.streams import Outcome, RequestStream
 from orchestrator.store.replies import Look
-from protos.contract.errors import UnavailableError
+from protos.contract.errors import EngineFailure, UnavailableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,16 @@ class NotOurs:
 
 
 @dataclass(frozen=True, slots=True)
+class Behind:
+    """Redis has tokens of the request that are not here."""
+
+
+@dataclass(frozen=True, slots=True)
 class Running:
     """Nothing to do."""
 
 
-Judgement = Ended | Superseded | NotOurs | Running
+Judgement = Ended | Superseded | NotOurs | Behind | Running
 
 
 def judge(stream: RequestStream, look: Look, refused_epoch: int | None = None) -> Judgement:
@@ -49,7 +54,12 @@ def judge(stream: RequestStream, look: Look, refused_epoch: int | None = None) -
         return Superseded(look.epoch, look.n)
     if refused_epoch is not None and look.epoch == refused_epoch:
         return NotOurs()
-    return Running()
+    return Behind() if look.n > stream.accepted else Running()
+
+
+def diverged_error(request_id: str) -> EngineFailure:
+    """Two workers disagree about a token that was accepted: nothing after it can be trusted."""
+    return EngineFailure(f"request {request_id}: a repeated token differs from the accepted one; send it again under a new id")
 
 
 def moved_error(request_id: str) -> UnavailableError:

@@ -1,4 +1,4 @@
-"""Notices what happens to our requests elsewhere: ends, newer epochs, deadlines, and requests that lost their ingress.
+"""Notices what happens to our requests elsewhere: ends, newer epochs, and requests that lost their ingress; drives recovery.
 
 Hints only shorten the wait: everything is looked at once a second anyway.
 """
@@ -16,9 +16,10 @@ from orchestrator.ingress.adopt import Adopter
 from orchestrator.ingress.journal import Journal
 from orchestrator.ingress.live import LiveStream, StreamTable
 from orchestrator.ingress.owner import Ownership
+from orchestrator.ingress.recovery import Recovery
 from orchestrator.ingress.verdicts import moved_error
 from orchestrator.store.client import Store
-from protos.contract.errors import AutanError, DeadlineExceeded, StoreUnavailable
+from protos.contract.errors import AutanError, StoreUnavailable
 from protos.contract.redis_names import ingress_channel, is_name
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _ADOPT_EVERY_S = 2.0
 _ADOPT_BATCH = 64
-_DEADLINE_GRACE_S = 1.0
 _MAX_HINTED = 4096
 
 
@@ -34,13 +34,22 @@ class Watch:
     """One task that looks, one that listens to hints."""
 
     def __init__(
-        self, *, store: Store, owner: Ownership, table: StreamTable, journal: Journal, adopter: Adopter, clock: Clock
+        self,
+        *,
+        store: Store,
+        owner: Ownership,
+        table: StreamTable,
+        journal: Journal,
+        adopter: Adopter,
+        recovery: Recovery,
+        clock: Clock,
     ) -> None:
         self._store = store
         self._owner = owner
         self._table = table
         self._journal = journal
         self._adopter = adopter
+        self._recovery = recovery
         self._clock = clock
         self._hinted: set[str] = set()
         self._look_at_all = False
@@ -53,6 +62,10 @@ class Watch:
         if len(self._wanted) < _MAX_HINTED:
             self._wanted[request_id] = (epoch, box)
             self._news.set()
+
+    def wake(self) -> None:
+        """There is something to recover."""
+        self._news.set()
 
     async def listen(self) -> None:
         """Turns hints into looks, until it is cancelled."""
@@ -95,13 +108,15 @@ class Watch:
                 self._table.end(live, moved_error(live.request_id))
             return
         if everything:
-            await self._end_overdue()
+            await self._recovery.expire_overdue()
             await self._adopter.retake()
             lives = list(self._table)
         else:
             lives = [found for request_id in hinted if (found := self._table.get(request_id))]
         await self._look(lives)
         await self._find_wanted()
+        await self._recovery.close_gaps(again=everything)
+        await self._recovery.pay_ends()
         if everything and self._clock.now_s() >= self._adopt_at_s:
             await self.adopt_orphans()
 
@@ -123,12 +138,21 @@ class Watch:
                 self._journal.mark(live)
 
     async def _find_wanted(self) -> None:
-        wanted = dict(self._wanted)
+        wanted, self._wanted = self._wanted, {}
         if not wanted:
             return
+        try:
+            looks = await self._store.look(list(wanted))
+        except AutanError:
+            self._wanted = wanted | self._wanted
+            raise
         adoptable = []
-        for (request_id, (epoch, box)), look in zip(wanted.items(), await self._store.look(list(wanted)), strict=True):
-            if look.has_ended:
+        for (request_id, (epoch, box)), look in zip(wanted.items(), looks, strict=True):
+            live = self._table.get(request_id)
+            if live is not None:
+                # Adopted meanwhile: what was sent before has not been taken, and is not sent again unless it is asked for.
+                self._table.lacks_tokens(live)
+            elif look.has_ended:
                 box.put(request_id, epoch, look.n, finished=True)
             elif not look.is_known or look.epoch > epoch:
                 box.put(request_id, epoch, 0, stale=True)
@@ -136,15 +160,6 @@ class Watch:
                 adoptable.append(request_id)
         # The worker of an adopted request finds OWNER in its inbox and replays.
         await self._adopter.adopt_all(adoptable)
-        for request_id in wanted:
-            self._wanted.pop(request_id, None)
-
-    async def _end_overdue(self) -> None:
-        now_s = self._clock.now_s()
-        for live in self._table:
-            if live.needs_owner and now_s > live.deadline_at_s + _DEADLINE_GRACE_S:
-                self._table.end(live, DeadlineExceeded(f"request {live.request_id} did not end within its timeout"))
-                await self._store.cancel(live.request_id, live.spec.tenant, "deadline")
 
     def _journal_again(self) -> None:
         for live in self._table:

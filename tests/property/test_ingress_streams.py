@@ -1,6 +1,8 @@
 """The stream state machine against a reference: whatever order messages come in, what is shown is right, in order, once.
 
 The model keeps Redis beside the stream: a journal that only grows, and an epoch at which it is frozen when a new one begins.
+Emits are on their way for as long as they like: they take effect later or never, their replies may be lost, and the stream
+that sent one may have been replaced by another one of the same request meanwhile.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from orchestrator.ingress.streams import (
     Delivery,
     Ending,
     FinishReason,
+    Pending,
     RequestStream,
     StreamMove,
     StreamState,
@@ -46,21 +49,32 @@ class Interleavings(RuleBasedStateMachine):
         self.redis: list[int] = []
         self.epoch = 0
         self.starts = {0: 0}  # first index of each epoch: what the journal held when it began
+        self.under_way: list[tuple[RequestStream, Pending]] = []
+        self.forgotten = {0: 0}  # by epoch: what its worker does not send again, because it was acknowledged
         self.read: list[int] = []
         self.text = ""
-        self.accepted_high = 0
 
     @rule()
     def assign(self) -> None:
         if self.stream.state is not StreamState.ENDED:
             self.epoch += 1
-            self.starts[self.epoch] = len(self.redis)
+            self.starts[self.epoch] = self.forgotten[self.epoch] = len(self.redis)
+
+    @precondition(lambda self: self.epoch > 0)
+    @rule(data=st.data())
+    def move(self, data: st.DataObject) -> None:
+        """A move is over: the epoch of its target began with what was journaled when it was opened."""
+        if self.stream.state is not StreamState.ENDED:
+            start = data.draw(st.integers(self.starts[self.epoch], len(self.redis)))
+            self.epoch += 1
+            self.starts[self.epoch] = self.forgotten[self.epoch] = start
 
     @precondition(lambda self: self.epoch > 0)
     @rule(data=st.data())
     def deliver(self, data: st.DataObject) -> None:
-        epoch = data.draw(st.integers(1, self.epoch))
-        first = data.draw(st.integers(self.starts[epoch], LENGTH))
+        epoch = data.draw(st.just(self.epoch) | st.integers(1, self.epoch))
+        kept = self.forgotten[epoch]
+        first = data.draw(st.just(max(kept, min(self.stream.accepted, LENGTH))) | st.just(kept) | st.integers(kept, LENGTH))
         end = data.draw(st.integers(first, LENGTH))
         before, state = self.stream.accepted, self.stream.state
         known_epoch = self.stream.epoch
@@ -98,7 +112,51 @@ class Interleavings(RuleBasedStateMachine):
         fresh = pending.token_ids[len(self.redis) - pending.first_index :]
         self.redis += fresh
         if not lost_reply:
-            self.stream.journaled_to(len(self.redis))
+            self._told(self.stream)
+
+    @precondition(lambda self: len(self.under_way) < 3)
+    @rule(limit=st.integers(1, LENGTH))
+    def send(self, limit: int) -> None:
+        """An emit that is under way. A caller that waits no longer shows what it has (`redis_is_away`)."""
+        pending = self.stream.pending(limit)
+        if pending is not None:
+            self.under_way.append((self.stream, pending))
+
+    @precondition(lambda self: self.under_way)
+    @rule(data=st.data(), lost_reply=st.booleans())
+    def arrive(self, data: st.DataObject, lost_reply: bool) -> None:
+        """One of the emits reaches Redis, which checks epoch and place as autan_emit does."""
+        self._arrives(*self.under_way.pop(data.draw(st.integers(0, len(self.under_way) - 1))), lost_reply)
+
+    def _arrives(self, sender: RequestStream, pending: Pending, lost_reply: bool) -> None:
+        if pending.epoch != self.epoch or pending.first_index > len(self.redis):
+            return
+        self.redis += pending.token_ids[len(self.redis) - pending.first_index :]
+        if lost_reply:
+            sender.release()
+        else:
+            self._told(sender)
+
+    def _told(self, sender: RequestStream) -> None:
+        """The reply of an emit: a stream that knows how far the journal is acknowledges that to its worker."""
+        sender.journaled_to(len(self.redis))
+        self.forgotten[sender.epoch] = max(self.forgotten[sender.epoch], sender.journaled)
+
+    @precondition(lambda self: self.stream.state is StreamState.OPEN)
+    @rule(late=st.booleans(), lost_reply=st.booleans())
+    def replaced(self, late: bool, lost_reply: bool) -> None:
+        """The request is adopted from Redis, while what the stream before has sent is still under way, or comes just then."""
+        before, pending = self.stream, self.stream.pending(LENGTH)
+        self.stream = a_stream(journal=self.redis, epoch=self.epoch)
+        if late and pending is not None:
+            self._arrives(before, pending, lost_reply)
+
+    @rule()
+    def catch_up(self) -> None:
+        if self.stream.state is not StreamState.ENDED:
+            self.stream.supersede(self.epoch, len(self.redis))
+            assert self.stream.backfill(self.redis), "honest workers agree with the journal"
+            assert self.stream.accepted >= len(self.redis)
 
     @rule()
     def look(self) -> None:
@@ -147,10 +205,13 @@ class Interleavings(RuleBasedStateMachine):
             assert self.stream.visible == LENGTH
 
     def teardown(self) -> None:
-        """Left alone, every stream comes to its end."""
-        self.assign()
-        first = self.starts[self.epoch]
-        self.stream.receive(Delivery(self.epoch, first, REFERENCE[first:], FinishReason.LENGTH))
+        """Left alone, every stream comes to its end, whatever its worker has forgotten."""
+        self.assign() if self.epoch == 0 else None
+        first = self.forgotten[self.epoch]
+        replay = Delivery(self.epoch, first, REFERENCE[first:], FinishReason.LENGTH)
+        if self.stream.receive(replay).verdict is Verdict.GAP:
+            self.catch_up()
+            assert self.stream.receive(replay).verdict is not Verdict.GAP, "what no worker has is in Redis"
         while self.stream.pending(5):
             self.commit(5, False)
         self.finish()
@@ -209,6 +270,26 @@ def test_a_newer_epoch_that_contradicts_what_was_shown_diverges() -> None:
     stream.release()
     assert stream.receive(Delivery(2, 3, [51])).verdict is Verdict.DIVERGED
     assert stream.read(3, 9) == Chunk(3, (50,), stream.read(3, 9).text)  # type: ignore[union-attr]
+
+
+def test_the_journal_brings_back_what_is_not_here_and_may_complete_the_stream() -> None:
+    stream = open_stream(3)
+    assert stream.receive(Delivery(1, 5, REFERENCE[5:7])).verdict is Verdict.GAP
+    assert stream.backfill(REFERENCE[:5]) and (stream.accepted, stream.journaled, stream.visible) == (5, 5, 5)
+    assert stream.receive(Delivery(1, 5, REFERENCE[5:7])).verdict is Verdict.TAKEN
+    assert stream.backfill(REFERENCE[:4]) and (stream.accepted, stream.journaled) == (7, 5), (
+        "an older reading takes nothing back"
+    )
+    assert stream.backfill(REFERENCE) and stream.state is StreamState.COMPLETE
+    assert stream.ending is not None and stream.ending.reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("journal", [[*REFERENCE[:2], 50], [50], [*REFERENCE, 9]])
+def test_a_journal_that_contradicts_the_stream_changes_nothing(journal: list[int]) -> None:
+    stream = open_stream(LENGTH if len(journal) > LENGTH else 3)
+    before = stream.accepted
+    assert not stream.backfill(journal)
+    assert (stream.accepted, stream.journaled) == (before, before)
 
 
 def test_more_tokens_than_were_asked_for_are_not_taken() -> None:

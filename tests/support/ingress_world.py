@@ -127,11 +127,16 @@ def a_server(world: World) -> IngressServer:
 
 @asynccontextmanager
 async def a_world(
-    url: str, cluster: str, config: IngressConfig | None = None, context_tokens: int = CONTEXT_TOKENS, **settings: Any
+    url: str,
+    cluster: str,
+    config: IngressConfig | None = None,
+    context_tokens: int = CONTEXT_TOKENS,
+    store_type: type[Store] = Store,
+    **settings: Any,
 ) -> AsyncIterator[World]:
-    """Starts store client, worker, core and ingress; stops them all."""
+    """Starts store client, worker, core and ingress; stops them all. The core and the ingress share the store's client."""
     config = config or IngressConfig(address="127.0.0.1:0", default_max_tokens=8)
-    store = await Store.connect(url, cluster, timeout_s=STORE_TIMEOUT_S, retain_s=60.0)
+    store = await store_type.connect(url, cluster, timeout_s=STORE_TIMEOUT_S, retain_s=60.0)
     worker = FakeWorker(url, cluster)
     core = FakeCore(store, worker)
     values = {"version": "0-test", "lease_s": LEASE_S, "linger_s": 0.05} | settings

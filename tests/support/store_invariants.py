@@ -12,34 +12,51 @@ PLACED = LIVE - {"QUEUED"}
 HELD = {"PREFILLING", "DECODING"}
 LOAD = ("p_requests", "p_tokens", "p_blocks", "d_requests", "d_blocks", "m_in", "m_out")
 
+# One script: time stands in it, so that no key expires between two readings.
+_READ_ALL = """
+local found, reads = {}, {
+  hash = {'HGETALL'}, set = {'SMEMBERS'}, string = {'GET'}, list = {'LRANGE', 0, -1}, zset = {'ZRANGE', 0, -1, 'WITHSCORES'},
+}
+for _, name in ipairs(redis.call('KEYS', ARGV[1])) do
+  local kind = redis.call('TYPE', name).ok
+  local read = reads[kind] or error(name .. ' is a ' .. kind)
+  for _, part in ipairs({name, kind, redis.call('PTTL', name), redis.call(read[1], name, unpack(read, 2))}) do
+    found[#found + 1] = part
+  end
+end
+return found
+"""
+
 
 class Picture:
-    """Every key of one cluster, decoded, with its time to live in ms (-1: none)."""
+    """Every key of one cluster at one moment, decoded, with its time to live in ms (-1: none)."""
 
     def __init__(self, raw: RawStore) -> None:
         prefix = raw.base + ":"
-        names = [key.decode() for key in raw.redis.scan_iter(match=prefix + "*", count=1000)]
-        pipe = raw.redis.pipeline(transaction=False)
-        for name in names:
-            pipe.type(name)
-            pipe.pttl(name)
-        meta = pipe.execute()
-        reads = {"hash": "hgetall", "set": "smembers", "string": "get"}
-        for name, kind in zip(names, meta[::2], strict=True):
-            if kind == b"zset":
-                pipe.zrange(name, 0, -1, withscores=True)
-            elif kind == b"list":
-                pipe.lrange(name, 0, -1)
-            else:
-                getattr(pipe, reads[kind.decode()])(name)
-        self.ttl = {name.removeprefix(prefix): ttl for name, ttl in zip(names, meta[1::2], strict=True)}
-        self.keys: dict[str, Any] = {
-            name.removeprefix(prefix): _decode(value) for name, value in zip(names, pipe.execute(), strict=True)
-        }
+        found = raw.redis.eval(_READ_ALL, 0, prefix + "*")
+        self.ttl: dict[str, int] = {}
+        self.keys: dict[str, Any] = {}
+        for name, kind, ttl, value in zip(found[::4], found[1::4], found[2::4], found[3::4], strict=True):
+            key = name.decode().removeprefix(prefix)
+            self.ttl[key] = ttl
+            self.keys[key] = _decode(_shaped(kind, value))
 
     def family(self, kind: str) -> dict[str, Any]:
         """The keys of one family, by what follows `kind:`."""
         return {name.removeprefix(kind + ":"): value for name, value in self.keys.items() if name.startswith(kind + ":")}
+
+
+def _shaped(kind: bytes, value: Any) -> Any:
+    """A value as the client would return it."""
+    match kind:
+        case b"hash":
+            return dict(zip(value[::2], value[1::2], strict=True))
+        case b"zset":
+            return [(member, float(score)) for member, score in zip(value[::2], value[1::2], strict=True)]
+        case b"set":
+            return set(value)
+        case _:
+            return value
 
 
 def _decode(value: Any) -> Any:

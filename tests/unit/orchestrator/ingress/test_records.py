@@ -11,7 +11,7 @@ from orchestrator.ingress.metrics import Histogram
 from orchestrator.ingress.model import load_served_model
 from orchestrator.ingress.records import ended_stream_of, error_of_state, stream_of, tenant_salt
 from orchestrator.ingress.streams import Delivery, Ending, FinishReason, RequestStream
-from orchestrator.ingress.verdicts import Ended, NotOurs, Running, Superseded, judge
+from orchestrator.ingress.verdicts import Behind, Ended, NotOurs, Running, Superseded, judge
 from orchestrator.store.replies import Look, ResumeReply
 from protos.contract.errors import (
     AutanError,
@@ -54,6 +54,10 @@ def a_stream() -> RequestStream:
         (Look("DECODING", 3, 2), 2, Superseded(3, 2)),
         (Look("DECODING", 2, 3), 2, NotOurs()),
         (Look("DECODING", 2, 3), 1, Running()),
+        (Look("DECODING", 2, 4), None, Behind()),
+        (Look("QUEUED", 2, 4), 1, Behind()),
+        (Look("DECODING", 2, 4), 2, NotOurs()),  # somebody else writes it
+        (Look("DECODING", 3, 4), None, Superseded(3, 4)),
     ],
 )
 def test_judgements(look: Look, refused_epoch: int | None, expected: object) -> None:
