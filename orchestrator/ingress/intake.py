@@ -29,6 +29,7 @@ from orchestrator.ingress.validate import (
     check_text,
     fit,
 )
+from orchestrator.ingress.watch import Watch
 from orchestrator.store.client import Store
 from orchestrator.store.replies import SubmitReply
 from protos.contract.errors import InvalidRequest, QueueFull, RequestConflict, StoreUnavailable, UnavailableError
@@ -55,6 +56,7 @@ class Intake:
         owner: Ownership,
         table: StreamTable,
         journal: Journal,
+        watch: Watch,
         adopter: Adopter,
         departures: Departures,
         model: ServedModel,
@@ -67,6 +69,7 @@ class Intake:
         self._owner = owner
         self._table = table
         self._journal = journal
+        self._watch = watch
         self._adopter = adopter
         self._departures = departures
         self._model = model
@@ -166,7 +169,7 @@ class Intake:
             reply = await self._send(valid, live, request_id, tenant, timeout_s)
         except BaseException:
             if here is None:
-                self._table.discard(live)
+                self._discard(live)
             raise
         if reply.code is Code.OK:
             live.is_accepted = True
@@ -175,7 +178,7 @@ class Intake:
             self._metrics.count("requests_accepted")
             return live
         if here is None:
-            self._table.discard(live)
+            self._discard(live)
         match reply.code:
             case Code.DUPLICATE:
                 self._metrics.count("requests_duplicate")
@@ -184,6 +187,12 @@ class Intake:
                 raise QueueFull(f"{reply.queued} requests are waiting, which is the limit; come back later", _RETRY_AFTER_S)
             case _:
                 raise RequestConflict(f"request_id: {request_id} is taken by a request with another body; choose another id")
+
+    def _discard(self, live: LiveStream) -> None:
+        """Forgets a stream that is not accepted. What workers sent to it is of a request all the same and must come again."""
+        self._table.discard(live)
+        for box, epoch in live.senders():
+            self._watch.wanted(live.request_id, epoch, box)
 
     async def _send(self, valid: ValidRequest, live: LiveStream, request_id: str, tenant: str, timeout_s: float) -> SubmitReply:
         return await self._store.submit(

@@ -109,6 +109,10 @@ class LiveStream:
             else:
                 box.put(self.request_id, epoch, self.stream.journaled, finished=ended)
 
+    def senders(self) -> list[tuple[AckBox, int]]:
+        """Where the workers that sent tokens of it wait for acknowledgements, and under which epoch they sent."""
+        return list(self._workers.values())
+
     def wake(self) -> None:
         """Lets every listener look again."""
         for listener in self.listeners:

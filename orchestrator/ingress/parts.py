@@ -97,7 +97,7 @@ def assemble(
     base = _base(settings, store, model, sink_address, clock=clock or SystemClock())
     metrics, table, owner, journal = base.metrics, base.table, base.owner, base.journal
     watch = _watch(settings, base)
-    intake = _intake(settings, base)
+    intake = _intake(settings, base, watch)
     service = _service(settings, base, intake, authorise)
 
     def gauges() -> dict[str, int]:
@@ -192,12 +192,13 @@ def _watch(settings: IngressSettings, base: Base) -> Watch:
     )
 
 
-def _intake(settings: IngressSettings, base: Base) -> Intake:
+def _intake(settings: IngressSettings, base: Base, watch: Watch) -> Intake:
     return Intake(
         store=base.store,
         owner=base.owner,
         table=base.table,
         journal=base.journal,
+        watch=watch,
         adopter=base.adopter,
         departures=base.departures,
         model=base.model,

@@ -62,15 +62,16 @@ async def lost_submit(world: World, store: LossyStore, tokens: int) -> None:
 def test_a_submit_without_a_reply_leaves_nobody_behind_who_writes(fresh_store: FreshStore) -> None:
     async def scenario(world: World, store: LossyStore) -> None:
         store.hold_calls(Fn.EMIT)
+        store.hold_replies(Fn.RESUME)
         await lost_submit(world, store, 3)
         # The id gets another stream. What the first one would still write comes between what this one reads and its reply.
-        store.hold_replies(Fn.RESUME)
         answer = Answer()
         call = asyncio.create_task(world.ask(a_prompt("r-1", max_tokens=8), answer))
         await until(lambda: store.applied[Fn.RESUME] >= 1, "the client that comes again finds it")
         store.release(Fn.EMIT)
         await world.ingress.parts.journal.commit()
-        assert store.applied[Fn.EMIT] == 0 and not world.worker.acks, "nothing was written, so nothing is forgotten"
+        assert store.applied[Fn.EMIT] == 0, "nothing was written"
+        assert not any(ack.next_index for ack in world.worker.acks), "so nothing is forgotten"
         store.release(Fn.RESUME)
         world.worker.allow(99)
         assert (await call).ids == expected_tokens(11, 8)
@@ -80,8 +81,8 @@ def test_a_submit_without_a_reply_leaves_nobody_behind_who_writes(fresh_store: F
 
 def test_tokens_that_were_sent_while_nobody_took_them_come_again(fresh_store: FreshStore) -> None:
     async def scenario(world: World, store: LossyStore) -> None:
-        await lost_submit(world, store, 3)
         store.hold_replies(Fn.RESUME)
+        await lost_submit(world, store, 3)
         call = asyncio.create_task(world.ask(a_prompt("r-1", max_tokens=8)))
         await until(lambda: store.applied[Fn.RESUME] >= 1, "the request is looked up")
         store.release(Fn.RESUME)
@@ -94,6 +95,16 @@ def test_tokens_that_were_sent_while_nobody_took_them_come_again(fresh_store: Fr
         store.release(Fn.RESUME)
         assert (await call).ids == expected_tokens(11, 8)
         assert await world.state("r-1") == "DONE"
+
+    run(fresh_store, scenario)
+
+
+def test_a_request_whose_client_was_told_otherwise_and_never_comes_again_is_finished(fresh_store: FreshStore) -> None:
+    async def scenario(world: World, store: LossyStore) -> None:
+        await lost_submit(world, store, 8)
+        await until(lambda: _is(world, "r-1", "DONE"), "its worker has sent everything before the stream was discarded")
+        await until(lambda: not world.worker.jobs, "and is free")
+        assert (await world.resume("r-1")).ids == expected_tokens(11, 8)
 
     run(fresh_store, scenario)
 
