@@ -20,6 +20,7 @@ from workers.batching.io_lanes import Lane
 from workers.batching.paged_engine import PagedEngine
 from workers.engine_api.clock import ManualClock
 from workers.engine_api.types import EngineStats, PrefixTicket
+from workers.kv_tiers.slot_format import HEADER_BYTES
 
 SIZE = 8
 LOWER_HOST_BLOCKS, LOWER_DISK_BLOCKS, POOL_BLOCKS = 6, 48, 16
@@ -92,7 +93,7 @@ class TierWorld:
             data = bytearray(path.read_bytes())
             used = [at for at in range(0, len(data), self.slot_bytes) if any(data[at : at + 8])]
             for at in rng.sample(used, min(slots, len(used))):
-                data[at + 120 + rng.randrange(self.engine.layout.block_bytes)] ^= 1 << rng.randrange(8)
+                data[at + HEADER_BYTES + rng.randrange(self.engine.layout.block_bytes)] ^= 1 << rng.randrange(8)
             path.write_bytes(data)
 
     @property
@@ -187,6 +188,12 @@ class RecallContract(RecalledBytesContract):
         world.engine.has_work()
         assert len(world.tickets.pop().block_ids) == 2
 
+    def test_who_cannot_wait_gets_what_is_in_the_pool(self, world: TierWorld) -> None:
+        world.fill()
+        for index in (0, PROMPTS - 1):
+            world.recall(index, wait_s=0.0)
+            assert len(world.tickets.pop().block_ids) == world.in_pool(index) == (BLOCKS if index else 0)
+
     def test_who_does_not_wait_any_more_is_not_told(self, world: TierWorld, expected: Expected) -> None:
         world.fill()
         ticket_id = world.recall(0)
@@ -197,10 +204,14 @@ class RecallContract(RecalledBytesContract):
         assert world.tickets == []
         world.serve(range(PROMPTS), expected)
 
-    def test_a_prompt_and_a_peer_wait_for_one_fetch(self, world: TierWorld, expected: Expected) -> None:
+    @pytest.mark.parametrize("first", ["peer", "prompt"])
+    def test_a_prompt_and_a_peer_wait_for_one_fetch(self, world: TierWorld, expected: Expected, first: str) -> None:
         world.fill()
-        world.recall(0)
+        if first == "peer":
+            world.recall(0)
         world.engine.add(a_request("own", world.prompts[0], sampling=SAMPLING))
+        if first == "prompt":
+            world.recall(0)
         assert world.engine.stats().restoring == 1
         assert len(world.lanes.waiting[Lane.FETCH]) == 1
         assert world.finish(0, expected) == BLOCKS * SIZE
@@ -210,17 +221,22 @@ class RecallContract(RecalledBytesContract):
         """Whatever is recalled, no sequence is preempted for it: room is left, and given up as sequences grow."""
         world = TierWorld(make_tiered, tmp_path / "small", num_blocks=12)
         world.fill()
-        preempted = world.engine.stats().preemptions
+        preempted, recalled = world.engine.stats().preemptions, 0
         world.engine.add(a_request("long", a_prompt(world.engine, 30, 99), max_tokens=12 * SIZE - 30))
         while world.engine.has_work():
             world.engine.step()
             world.recall(world.turn % PROMPTS)
             world.turn += 1
+            if not world.tickets:
+                stats = world.engine.stats()
+                assert stats.free_blocks + stats.cached_blocks >= stats.running, "every running sequence has room for one block"
+                recalled += 1
             for ticket in world.tickets:
                 world.engine.export_prefix_end(ticket.ticket_id)
             world.tickets.clear()
             assert world.engine.stats().preemptions == preempted
             world.engine.check_integrity()
+        assert recalled > 0, "the case is not the one that is meant"
         world.io()
         for ticket in world.tickets:
             world.engine.export_prefix_end(ticket.ticket_id)
@@ -234,7 +250,7 @@ def lend_from_damaged_files(
     before, rng = world.fill(), random.Random(seed)
     world.flip(rng, 3 + 12 * seed)
     lent = 0
-    for index in rng.sample(range(PROMPTS), prompts):
+    for index in rng.sample(range(PROMPTS // 2), prompts):  # the later ones are in the pool
         world.recall(index)
         world.io()
         ticket = world.tickets.pop()
