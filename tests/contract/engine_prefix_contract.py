@@ -156,6 +156,20 @@ class PrefixContract:
             engine.import_prefix_commit(asked.ticket_id, 0)
         assert_empty(engine)
 
+    def test_what_the_pool_has_is_recalled_at_once(self, make_engine: EngineFactory) -> None:
+        engine = make_engine(SHAPE)
+        prompt = a_prompt(engine, 40)
+        run(engine, [a_request("r", prompt, max_tokens=1)])
+        tickets: list[PrefixTicket] = []
+        for wanted, found in ((names_of(engine, prompt), 5), ([], 0), ([b"x" * 16], 0)):
+            ticket_id = engine.recall_prefix(wanted, 5.0, tickets.append)
+            ticket = tickets.pop()
+            assert (ticket.ticket_id, len(ticket.block_ids)) == (ticket_id, found)
+            assert engine.stats().used_blocks == found
+            assert engine.export_prefix_end(ticket_id)
+        assert engine.known_names() >= set(names_of(engine, prompt))
+        assert_empty(engine)
+
     def test_a_name_filed_meanwhile_keeps_its_block(self, make_engine: EngineFactory, expected: Expected) -> None:
         source, target = make_engine(SHAPE), make_engine(SHAPE)
         prompt = a_prompt(source, 30)

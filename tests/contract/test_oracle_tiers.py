@@ -14,10 +14,11 @@ from tests.contract.engine_contract import EngineContract
 from tests.contract.engine_handoff_contract import HandOffContract
 from tests.contract.engine_move_contract import MoveContract
 from tests.contract.engine_prefix_contract import PrefixContract
-from tests.support.tier_world import InlineLanes, tiered
+from tests.contract.engine_recall_contract import LOWER_DISK_BLOCKS, LOWER_HOST_BLOCKS, SIZE, RecallContract, TieredFactory
+from tests.support.tier_world import HandLanes, InlineLanes, tiered
 from workers.batching.engine_limits import EngineLimits
 from workers.batching.paged_engine import PagedEngine
-from workers.engine_api.clock import SystemClock
+from workers.engine_api.clock import ManualClock, SystemClock
 from workers.engine_api.types import SamplingParams
 from workers.engines.oracle.model import OracleModel
 from workers.engines.oracle.reference import expected_tokens
@@ -69,6 +70,27 @@ def expected() -> Expected:
     return tokens
 
 
+@pytest.fixture
+def make_tiered() -> Iterator[TieredFactory]:
+    with ExitStack() as stack:
+
+        def make(folder: Path, lanes: HandLanes, clock: ManualClock, num_blocks: int) -> PagedEngine:
+            engine = tiered(
+                MODEL,
+                num_blocks=num_blocks,
+                block_tokens=SIZE,
+                host_blocks=LOWER_HOST_BLOCKS,
+                folder=folder,
+                disk_blocks=LOWER_DISK_BLOCKS,
+                lanes=lanes,
+                clock=clock,
+            )
+            stack.callback(engine.close)
+            return engine
+
+        yield make
+
+
 class TestTieredEngine(EngineContract):
     pass
 
@@ -82,4 +104,8 @@ class TestTieredPrefix(PrefixContract):
 
 
 class TestTieredMoves(MoveContract):
+    pass
+
+
+class TestTieredRecall(RecallContract):
     pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
@@ -13,13 +15,25 @@ from tests.contract.engine_contract import EngineContract
 from tests.contract.engine_handoff_contract import HandOffContract
 from tests.contract.engine_move_contract import MoveContract
 from tests.contract.engine_prefix_contract import PrefixContract
-from tests.support.torch_models import an_engine, tensors_of
+from tests.contract.engine_recall_contract import (
+    LOWER_DISK_BLOCKS,
+    LOWER_HOST_BLOCKS,
+    SIZE,
+    RecalledBytesContract,
+    TieredFactory,
+)
+from tests.support.tier_world import HandLanes
+from tests.support.torch_models import a_runner, an_engine, tensors_of
+from workers.batching.engine_limits import EngineLimits
+from workers.batching.paged_engine import PagedEngine
+from workers.engine_api.clock import ManualClock
 from workers.engine_api.protocol import Engine
 from workers.engine_api.types import SamplingParams
 from workers.engines.torch.config import read_config
 from workers.engines.torch.reference import reference_logits
 from workers.engines.torch.sampler_reference import draw
 from workers.engines.torch.tiny import write_tiny
+from workers.kv_tiers.disk_files import DiskFiles, slot_bytes_of
 
 DIMS = {
     "llama": {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1},
@@ -47,6 +61,22 @@ def make_engine(folder: Path) -> EngineFactory:
         return an_engine(folder, **fields)
 
     return make
+
+
+@pytest.fixture
+def make_tiered(folder: Path) -> Iterator[TieredFactory]:
+    with ExitStack() as stack:
+
+        def make(files: Path, lanes: HandLanes, clock: ManualClock, num_blocks: int) -> PagedEngine:
+            runner = a_runner(folder, num_blocks=num_blocks, block_tokens=SIZE)
+            layout = runner.layout
+            limits = EngineLimits(max_batch_tokens=32, max_running=3, host_cache_bytes=LOWER_HOST_BLOCKS * layout.block_bytes)
+            disk = DiskFiles(files, LOWER_DISK_BLOCKS * slot_bytes_of(layout), runner.identity, layout)
+            engine = PagedEngine(runner, limits, files=disk, clock=clock, lanes=lanes)
+            stack.callback(engine.close)
+            return engine
+
+        yield make
 
 
 @pytest.fixture(scope="module")
@@ -82,4 +112,8 @@ class TestTorchPrefix(PrefixContract):
 
 
 class TestTorchMoves(MoveContract):
+    pass
+
+
+class TestTorchRecall(RecalledBytesContract):
     pass

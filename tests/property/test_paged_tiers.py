@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,14 +18,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from protos.contract.block_hash import block_hashes, root_hash
 from tests.support.tier_world import HandLanes, tiered
+from workers.batching.engine_limits import EngineLimits
 from workers.batching.io_lanes import Lane
+from workers.batching.paged_engine import PagedEngine
+from workers.engine_api.block_files import StoredBlock
 from workers.engine_api.clock import ManualClock
-from workers.engine_api.types import EngineRequest, SamplingParams
+from workers.engine_api.types import EngineRequest, PrefixTicket, SamplingParams
 from workers.engines.oracle.model import OracleModel
 from workers.engines.oracle.reference import expected_tokens
+from workers.engines.oracle.runner import OracleRunner
+from workers.kv_tiers.slot_format import HEADER_BYTES
 
 MODEL = OracleModel("tiered", num_layers=2, context_tokens=64)
 BLOCK_TOKENS = 4
+BLOCK_BYTES = MODEL.layout(BLOCK_TOKENS).block_bytes
 IDS = [f"r{n}" for n in range(5)]
 BASES = tuple(tuple(range(first, first + 40)) for first in (10, 60, 110))
 
@@ -32,6 +39,24 @@ BASES = tuple(tuple(range(first, first + 40)) for first in (10, 60, 110))
 @lru_cache(maxsize=4096)
 def right_output(prompt: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
     return tuple(expected_tokens(MODEL, prompt, sampling))
+
+
+WARM = tuple(base[:length] for base in BASES for length in (13, 21, 29))
+
+
+@lru_cache(maxsize=4096)
+def right_block(tokens: tuple[int, ...], index: int, group: int) -> bytes:
+    """The bytes of a full block of these tokens, by an engine that has nothing but a pool."""
+    size = (index + 1) * BLOCK_TOKENS
+    engine = PagedEngine(
+        OracleRunner(MODEL, num_blocks=16, block_tokens=BLOCK_TOKENS), EngineLimits(max_batch_tokens=64, max_running=1)
+    )
+    engine.add(EngineRequest(request_id="r", epoch=1, prompt=tokens[:size], sampling=SamplingParams(max_tokens=1)))
+    while engine.has_work():
+        engine.step()
+    names = block_hashes(root_hash(MODEL.identity.weights_digest, b""), tokens[:size], BLOCK_TOKENS)
+    ticket = engine.export_prefix(names)
+    return bytes(engine.export_kv(ticket.block_ids[index], group))
 
 
 prompts = st.builds(
@@ -52,6 +77,9 @@ class TieredEngine(RuleBasedStateMachine):
         self.live: dict[str, EngineRequest] = {}
         self.received: dict[str, int] = {}
         self.lent: list[int] = []
+        self.answered: list[tuple[tuple[int, ...], PrefixTicket]] = []
+        self.waiting_recalls: set[int] = set()
+        self.while_reading: Callable[[], None] = lambda: None
 
     @initialize(
         blocks=st.integers(9, 16),
@@ -77,6 +105,44 @@ class TieredEngine(RuleBasedStateMachine):
             **self.shape,
         )
         self.told: set[bytes] = set()
+        tiers = self.engine._tiers
+        if tiers is not None and tiers.disk is not None:
+            read = tiers.disk.files.read
+
+            def watched(slot: int, block: StoredBlock, into: memoryview) -> bool:
+                right = read(slot, block, into)
+                self.while_reading()
+                return right
+
+            tiers.disk.files.read = watched  # type: ignore[method-assign]
+
+    @rule(prompt_ids=st.lists(st.integers(0, len(WARM) - 1), min_size=1, max_size=6))
+    def serve(self, prompt_ids: list[int]) -> None:
+        """Whole prompts with prompt io: what fills the tiers."""
+        for index in prompt_ids:
+            self.add(IDS[0], WARM[index], SamplingParams(max_tokens=1), b"")
+            for _ in range(40):
+                self._all_io()
+                if IDS[0] not in self.live or not self._step():
+                    break
+
+    def _all_io(self) -> None:
+        while sum(self.lanes.run(lane) for lane in Lane):
+            self.engine.has_work()
+
+    @rule(request_id=st.sampled_from(IDS), steps=st.integers(0, 3), prompt=prompts)
+    def abort_while_a_block_is_read(self, request_id: str, steps: int, prompt: tuple[int, ...]) -> None:
+        """What was reserved for it has another owner before the reading thread goes on."""
+
+        def now() -> None:
+            self.while_reading = lambda: None
+            self.abort(request_id)
+            self.add(request_id, prompt, SamplingParams(max_tokens=2), b"x")
+            self.step(steps)
+
+        self.while_reading = now
+        self.lanes.run(Lane.FETCH, 1)
+        self.while_reading = lambda: None
 
     @rule(request_id=st.sampled_from(IDS), prompt=prompts, sampling=samplings, salt=st.sampled_from([b"", b"", b"x"]))
     def add(self, request_id: str, prompt: tuple[int, ...], sampling: SamplingParams, salt: bytes) -> None:
@@ -117,7 +183,7 @@ class TieredEngine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.clock.wait_s(seconds)
 
-    @rule(seed=st.integers(0, 10**6), how=st.sampled_from(["flip", "flip", "truncate", "swap"]))
+    @rule(seed=st.integers(0, 10**6), how=st.sampled_from(["flip", "every payload", "truncate", "swap"]))
     def damage(self, seed: int, how: str) -> None:
         rng = random.Random(seed)
         for path in sorted(self.folder.glob("segment-*.kv")):
@@ -127,7 +193,12 @@ class TieredEngine(RuleBasedStateMachine):
                     file.truncate(rng.randrange(len(data) + 1))
             elif data:
                 at, other = rng.randrange(0, len(data), 4096), rng.randrange(0, len(data), 4096)
-                if how == "swap":
+                if how == "every payload":
+                    for slot in range(0, len(data), 4096):
+                        data[slot + HEADER_BYTES + rng.randrange(MODEL.layout(BLOCK_TOKENS).block_bytes)] ^= 1 << rng.randrange(
+                            8
+                        )
+                elif how == "swap":
                     data[at : at + 4096], data[other : other + 4096] = data[other : other + 4096], data[at : at + 4096]
                 else:
                     data[at + rng.randrange(min(600, len(data) - at))] ^= 1 << rng.randrange(8)
@@ -142,11 +213,43 @@ class TieredEngine(RuleBasedStateMachine):
         if len(self.lent) > 1:
             assert self.engine.export_prefix_end(self.lent.pop(0))
 
+    @rule(base=st.sampled_from(BASES), count=st.integers(1, 8), wait_s=st.sampled_from([0.0, 1.0, 60.0]))
+    def recall(self, base: tuple[int, ...], count: int, wait_s: float) -> None:
+        """A peer asks for what may be in any tier; what it gets is what the oracle computes for these tokens."""
+        names = block_hashes(root_hash(self.engine.identity.weights_digest, b""), base, BLOCK_TOKENS)[:count]
+
+        def lent(ticket: PrefixTicket) -> None:
+            self.waiting_recalls.discard(ticket.ticket_id)
+            self.answered.append((base, ticket))
+
+        ticket_id = self.engine.recall_prefix(names, wait_s, lent)
+        if ticket_id not in [ticket.ticket_id for _, ticket in self.answered]:
+            self.waiting_recalls.add(ticket_id)
+        self._check_answers()
+
+    @rule()
+    def forget_recalls(self) -> None:
+        for ticket_id in list(self.waiting_recalls):
+            if ticket_id in self.waiting_recalls:
+                assert self.engine.export_prefix_end(ticket_id)
+                self.waiting_recalls.discard(ticket_id)
+
+    def _check_answers(self) -> None:
+        while self.answered:
+            base, ticket = self.answered.pop()
+            for index, block_id in enumerate(ticket.block_ids):
+                for group in range(self.engine.layout.num_groups):
+                    assert bytes(self.engine.export_kv(block_id, group)) == right_block(base, index, group), (
+                        "a wrong block is lent"
+                    )
+            assert self.engine.export_prefix_end(ticket.ticket_id)
+
     @rule()
     def restart(self) -> None:
         self.engine.close()
         self.live.clear()
         self.lent.clear()
+        self.waiting_recalls.clear()
         self._boot()
 
     @invariant()
@@ -154,6 +257,7 @@ class TieredEngine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         self.engine.check_integrity()
+        self._check_answers()
         for event in self.engine.drain_cache_events():
             assert not self.told & set(event.stored)
             assert self.told >= set(event.removed)
@@ -171,11 +275,13 @@ class TieredEngine(RuleBasedStateMachine):
                 assert self.engine.export_prefix_end(ticket_id)
             for _ in range(3000):
                 if not self._step() and not sum(self.lanes.run(lane) for lane in Lane):
-                    if not self.live:
+                    if not self.live and not self.waiting_recalls:
                         break
                     self.clock.wait_s(11.0)  # beyond every deadline
             assert not self.live, "what waits for a block that never comes is computed"
             self.engine.check_integrity()
+            assert not self.waiting_recalls, "a recall ends by itself"
+            self._check_answers()
             stats = self.engine.stats()
             assert (stats.used_blocks, stats.leaked_blocks, stats.waiting, stats.restoring) == (0, 0, 0, 0)
             self.engine.close()

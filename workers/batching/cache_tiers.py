@@ -136,19 +136,29 @@ class CacheTiers:
 
     def worth_fetching(self, names: Sequence[bytes], first_depth: int) -> tuple[int, float]:
         """How many leading names to bring back rather than to compute, and what computing those would take."""
-        reads: list[float] = []
-        for name in names:
-            if name in self._in_pool:
-                break
-            if name in self.host:
-                reads.append(self._host_pace.block_s)
-            elif self.disk is not None and name in self.disk:
-                reads.append(self._read_pace.block_s)
-            else:
-                break
+        reads = self._reads(names)
         computes = [self.cost.block_s(first_depth + index, self._block_tokens) for index in range(len(reads))]
         count = worth_reading(computes, reads, self._queued_s)
         return count, sum(computes[:count])
+
+    def readable(self, before: bytes, names: Sequence[bytes], within_s: float) -> int:
+        """How many leading names, each behind the one before it, can be brought back in that time as far as it can be told.
+
+        One at least if there is one: only reading shows how fast reading is.
+        """
+        count, left_s = 0, within_s - self._queued_s
+        for name, read_s in zip(names, self._reads(names), strict=False):
+            left_s -= read_s
+            if (count and left_s < 0) or self.parent_of(name) != before:
+                break
+            count, before = count + 1, name
+        return count
+
+    def parent_of(self, name: bytes) -> bytes | None:
+        """The name before one that a tier here has."""
+        if name in self.host:
+            return self.host.order.place(name)[0]
+        return self.disk.order.place(name)[0] if self.disk is not None and name in self.disk else None
 
     def hold(self, names: Sequence[bytes]) -> None:
         """Keeps these names where they are, until `settle` hands out the fetch of them, or `let_go`."""
@@ -280,6 +290,20 @@ class CacheTiers:
             self.disk.failed(job.error, self._now_s(), reading=True)
 
     # -- inside ---------------------------------------------------------------------------------------------------------
+
+    def _reads(self, names: Sequence[bytes]) -> list[float]:
+        """What each of the leading names takes that lower tiers have and the pool has not."""
+        reads: list[float] = []
+        for name in names:
+            if name in self._in_pool:
+                break
+            if name in self.host:
+                reads.append(self._host_pace.block_s)
+            elif self.disk is not None and name in self.disk:
+                reads.append(self._read_pace.block_s)
+            else:
+                break
+        return reads
 
     def _offer_to_disk(self, block: StoredBlock) -> None:
         """Writes a block of host memory to the disk if it should be there and the io thread is not behind."""

@@ -157,9 +157,13 @@ class BlockLedger:
         """The cached blocks of the longest known run of `names` from its start."""
         return self._cache.match(names) if self._caching else []
 
-    def lend(self, names: Listing[bytes]) -> PrefixTicket:
-        """Pins the longest cached run."""
-        ticket_id, blocks = self._ticket(), self.match_names(names)
+    def num_idle(self, block_ids: Iterable[int]) -> int:
+        """How many of these cached blocks nobody refers to: keeping them takes room."""
+        return sum(not self.pool.ref_count(block_id) for block_id in block_ids)
+
+    def lend(self, names: Listing[bytes], ticket_id: int) -> PrefixTicket:
+        """Pins the longest cached run under a new ticket."""
+        blocks = self.match_names(names)
         self._pin(_loan_key(ticket_id), blocks)
         return PrefixTicket(ticket_id=ticket_id, first_block=0, block_ids=tuple(blocks))
 
@@ -179,7 +183,7 @@ class BlockLedger:
         except OutOfBlocks:
             self.pool.free_blocks(reversed(hits))
             raise
-        ticket_id = self._ticket()
+        ticket_id = self.new_ticket()
         parent = names[len(hits) - 1] if hits else root
         self._loans[ticket_id] = Loan(tuple(hits), tuple(fresh), parent, wanted)
         return PrefixTicket(ticket_id=ticket_id, first_block=len(hits), block_ids=tuple(fresh))
@@ -195,7 +199,8 @@ class BlockLedger:
         self.pool.free_blocks(reversed((*loan.hits, *loan.fresh)))
         return num_new
 
-    def _ticket(self) -> int:
+    def new_ticket(self) -> int:
+        """A number that no other loan of this engine has."""
         self._next_loan += 1
         return self._next_loan - 1
 

@@ -21,12 +21,12 @@ from workers.batching.layer_progress import told_by_layers
 from workers.batching.ledger import BlockLedger, Grant
 from workers.batching.outcome import Counters, StepOutcome
 from workers.batching.prefix_exchange import PrefixExchange
-from workers.batching.restoring import Restoring
 from workers.batching.runner import Runner
 from workers.batching.scheduler import Plan, StepLimits, plan
 from workers.batching.sequence import Sequence, SequenceState
 from workers.batching.slicing import slice_of
 from workers.batching.tier_report import observe_step, tier_gauges
+from workers.batching.tier_returns import TierReturns
 from workers.engine_api.block_files import BlockFiles
 from workers.engine_api.clock import Clock, SystemClock
 from workers.engine_api.protocol import OnLayers
@@ -78,7 +78,7 @@ class PagedEngine(PrefixExchange):
         if limits.prefix_cache and limits.host_cache_bytes:
             self._tiers = CacheTiers(runner, limits.host_cache_bytes, files, self._lanes, self._clock)
         self._ledger = BlockLedger(runner.num_blocks, limits.prefix_cache, self._tiers)
-        self._restoring = Restoring(self._ledger, self._tiers, self._clock.now_s, self._room_for_fetches)
+        self._returns = TierReturns(self._ledger, self._tiers, self._clock.now_s, self._room_for_fetches)
         self._gate = ImportGate(runner)
         self._lock = threading.Lock()
         self._sequences: dict[str, Sequence] = {}
@@ -103,7 +103,7 @@ class PagedEngine(PrefixExchange):
             check_fits(request, self._identity, self._layout.block_tokens, self._ledger.pool.num_blocks)
             sequence = self._enter(request, SequenceState.WAITING)
             self._settle()
-            if not self._restoring.begin(sequence):
+            if not self._returns.begin(sequence):
                 self._waiting.append(sequence)
 
     def has_work(self) -> bool:
@@ -115,7 +115,7 @@ class PagedEngine(PrefixExchange):
 
     def idle_limit_s(self) -> float | None:
         with self._lock:
-            return self._restoring.idle_limit_s()
+            return self._returns.idle_limit_s()
 
     def step(self, on_layers: OnLayers | None = None) -> StepResult:
         with self._lock:
@@ -255,13 +255,13 @@ class PagedEngine(PrefixExchange):
             sequences, pool = self._sequences.values(), self._ledger.pool
             return self._counters.stats(
                 **tier_gauges(self._tiers, self._layout),
-                restoring=len(self._restoring),
+                restoring=self._returns.restoring,
                 known_names=self._ledger.known_names,
                 total_blocks=pool.num_blocks,
                 used_blocks=pool.used,
                 cached_blocks=pool.cached,
                 free_blocks=pool.free,
-                waiting=len(self._waiting) + len(self._restoring),
+                waiting=len(self._waiting) + self._returns.restoring,
                 running=len(self._running),
                 holding=sum(s.state is SequenceState.HELD for s in sequences),
                 importing=sum(s.state is SequenceState.IMPORTING for s in sequences),
@@ -287,7 +287,7 @@ class PagedEngine(PrefixExchange):
         with self._lock:
             self._ledger.check_integrity(self._sequences.values())
             check_stages(self._sequences.values(), self._waiting, self._running)
-            self._restoring.check_integrity(self._sequences.values())
+            self._returns.check_integrity(self._sequences.values())
 
     def close(self) -> None:
         if not self._closed:
@@ -307,8 +307,10 @@ class PagedEngine(PrefixExchange):
 
     def _settle(self) -> None:
         """Prompts whose blocks came back, or are computed after all, wait to be scheduled again."""
-        for sequence in self._restoring.settle():
+        back, moved = self._returns.settle()
+        if moved:
             self._plan = None
+        for sequence in back:
             insort(self._waiting, sequence, key=_by_age)
 
     def _room_for_fetches(self) -> int:
@@ -376,7 +378,7 @@ class PagedEngine(PrefixExchange):
         if sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
         elif sequence.state is SequenceState.RESTORING:
-            self._restoring.forget(sequence)
+            self._returns.forget(sequence)
         elif sequence.state in (SequenceState.PREFILLING, SequenceState.DECODING):
             self._running.remove(sequence)
         self._end(sequence)

@@ -9,8 +9,10 @@ from protos.contract.errors import BadFrame, StaleEpoch
 from workers.batching.admission import check_room
 from workers.batching.import_gate import ImportGate
 from workers.batching.ledger import BlockLedger
+from workers.batching.recalling import Lent
 from workers.batching.scheduler import Plan
 from workers.batching.sequence import Sequence
+from workers.batching.tier_returns import TierReturns
 from workers.engine_api.types import PrefixTicket
 
 
@@ -20,6 +22,7 @@ class PrefixExchange:
     _lock: threading.Lock
     _ledger: BlockLedger
     _gate: ImportGate
+    _returns: TierReturns
     _waiting: list[Sequence]
     _plan: Plan | None
 
@@ -27,7 +30,6 @@ class PrefixExchange:
         raise NotImplementedError
 
     def known_names(self) -> set[bytes]:
-        """The names of all full blocks that the pool or a lower tier has."""
         with self._lock:
             self._settle()
             return self._ledger.names()
@@ -39,12 +41,18 @@ class PrefixExchange:
     def export_prefix(self, names: Listing[bytes]) -> PrefixTicket:
         with self._lock:
             self._plan = None
-            return self._ledger.lend(names)
+            return self._ledger.lend(names, self._ledger.new_ticket())
+
+    def recall_prefix(self, names: Listing[bytes], wait_s: float, lent: Lent) -> int:
+        with self._lock:
+            self._settle()
+            self._plan = None
+            return self._returns.recall(names, wait_s, lent)
 
     def export_prefix_end(self, ticket_id: int) -> bool:
         with self._lock:
             self._plan = None
-            return self._ledger.end_lending(ticket_id)
+            return self._returns.forget_recall(ticket_id) or self._ledger.end_lending(ticket_id)
 
     def import_prefix_begin(self, root: bytes, names: Listing[bytes]) -> PrefixTicket:
         with self._lock:

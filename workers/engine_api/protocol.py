@@ -151,16 +151,31 @@ class Engine(Protocol):
         """Drops an open import and frees its blocks; none enters the prefix cache. Idempotent."""
         ...
 
+    def known_names(self) -> set[bytes]:
+        """The names of all full blocks that the pool or a lower tier has: those that cache events told of."""
+        ...
+
     def match_prefix(self, names: Sequence[bytes]) -> int:
-        """How many of these consecutive names, from the first on, are cached. From any thread; changes nothing."""
+        """How many of these consecutive names, from the first on, are in the pool. From any thread; changes nothing."""
         ...
 
     def export_prefix(self, names: Sequence[bytes]) -> PrefixTicket:
-        """Pins the longest cached run of `names`, maybe none: `export_kv` reads it until `export_prefix_end`."""
+        """Pins the longest run of `names` in the pool, maybe none: `export_kv` reads it until `export_prefix_end`."""
+        ...
+
+    def recall_prefix(self, names: Sequence[bytes], wait_s: float, lent: Callable[[PrefixTicket], None]) -> int:
+        """As `export_prefix`, once what only lower tiers have of `names` is back in the pool; others step meanwhile.
+
+        `names` is a chain. `lent` hears of the ticket once: in this call, or later, from any thread, when the engine looks for
+        work. The run is shorter where a block does not verify, where `wait_s` is over, and where the pool has no room beside
+        what preempted and running sequences need. `lent` must not call the engine.
+
+        Returns the id of the ticket. `export_prefix_end` ends the waiting too, and `lent` then hears of nothing.
+        """
         ...
 
     def export_prefix_end(self, ticket_id: int) -> bool:
-        """Gives back the references of `export_prefix`; False when there are none. Idempotent."""
+        """Gives back the references of `export_prefix` or `recall_prefix`; False when there are none. Idempotent."""
         ...
 
     def import_prefix_begin(self, root: bytes, names: Sequence[bytes]) -> PrefixTicket:

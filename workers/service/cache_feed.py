@@ -172,7 +172,8 @@ class CacheFeed:
         asked = tuple(self._names)
 
         def missing(engine: Engine) -> list[bytes]:
-            return [name for name in asked if not engine.match_prefix((name,))]
+            known = engine.known_names()
+            return [name for name in asked if name not in known]
 
         with suppress(EngineFailure):
             for name in await self._port.call(missing):

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from protos.contract.errors import EngineFailure, StaleEpoch
 from workers.engine_api.pool_memory import PoolMemory
 from workers.engine_api.protocol import Engine
-from workers.engine_api.types import CacheEvent, EngineRequest, KvLayout, LayerProgress, StepResult
+from workers.engine_api.types import CacheEvent, EngineRequest, KvLayout, LayerProgress, PrefixTicket, StepResult
 from workers.service.failpoints import Failpoints
 
 logger = logging.getLogger(__name__)
@@ -177,6 +177,10 @@ class EngineThread:
                 engine.abort(request_id, epoch)
 
         return self.call(run)
+
+    def recall(self, names: Sequence[bytes], wait_s: float, lent: asyncio.Future[PrefixTicket]) -> asyncio.Future[int]:
+        """Engine.recall_prefix; `lent` gets the ticket, unless the engine dies first."""
+        return self.call(lambda engine: engine.recall_prefix(names, wait_s, partial(self._tell, _succeed, lent)))
 
     def export_kv(self, block_id: int, group: int) -> memoryview:
         """See Engine.export_kv."""

@@ -1,8 +1,10 @@
 """Cached blocks that this worker pushes to others, for prompts that begin with them.
 
-The orchestrator says what and to whom (an inbox message with a capability). The blocks are pinned in the engine's cache while
-they are on their way and stay this worker's: the request itself has nothing to do with it. Nobody waits for the outcome here,
-so a push ends by itself: with the target's commit, its refusal, or the time after which the target has gone on without.
+The orchestrator says what and to whom (an inbox message with a capability). Blocks that only lower tiers have come back into
+the pool first; that takes at most half of the time that the target waits, so that something is left to push them in. The blocks
+are pinned in the engine's cache while they are on their way and stay this worker's: the request itself has nothing to do with
+it. Nobody waits for the outcome here, so a push ends by itself: with the target's commit, its refusal, or the time after which
+the target has gone on without.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ MAX_LENDINGS = 16  # at once; who comes on top is told that nothing is here
 _OPEN_PATIENCE_S = 0.5
 _TELL_TIMEOUT_S = 1.0
 _MARGIN_S = 1.0  # the target gives up first
+_RECALL_SHARE = 0.5  # of the target's patience: for bringing blocks back, before the first one is pushed
 
 
 class Lendings:
@@ -89,10 +92,14 @@ class Lendings:
         await self._tasks.settle()
 
     async def _lend(self, key: Key, entry: InboxEntry) -> None:
+        ends_s = time.monotonic() + entry.source_wait_s + _MARGIN_S
         try:
             request = engine_request(entry, Phase.PREFILL)
             names = unpack_names(sequence_hashes(self._fingerprint, request))[: entry.source_blocks]
-            await self._push_pinned(key, entry, request, await self._pin(names))
+            ticket = await self._pin(names, entry.source_wait_s)
+            await self._push_pinned(key, entry, request, ticket, ends_s - time.monotonic())
+        except TimeoutError:
+            logger.warning("%s: nothing is lent: the engine did not answer in %.1f s", entry.request_id, entry.source_wait_s)
         except InvalidRequest as error:
             logger.warning("%s: nothing is lent: %s", entry.request_id, error)
         except EngineFailure:
@@ -100,27 +107,33 @@ class Lendings:
         finally:
             del self._running[key]
 
-    async def _pin(self, names: list[bytes]) -> PrefixTicket:
+    async def _pin(self, names: list[bytes], wait_s: float) -> PrefixTicket:
+        """Raises TimeoutError, nothing being pinned, when the engine lets the target's patience run out."""
         wanted = names if len(self._running) <= MAX_LENDINGS else []
-        pinning = self._engine.call(lambda engine: engine.export_prefix(wanted))
+        lent: asyncio.Future[PrefixTicket] = asyncio.get_running_loop().create_future()
+        asked = self._engine.recall(wanted, wait_s * _RECALL_SHARE, lent)
         try:
-            return await asyncio.shield(pinning)
-        except asyncio.CancelledError:
-            pinning.add_done_callback(self._unpin_late)
+            async with asyncio.timeout(wait_s + _MARGIN_S):
+                await asyncio.shield(asked)
+                return await lent
+        except (asyncio.CancelledError, TimeoutError):
+            asked.add_done_callback(self._end_recall)
             raise
 
-    def _unpin_late(self, pinning: asyncio.Future[PrefixTicket]) -> None:
-        if not pinning.cancelled() and pinning.exception() is None:
-            ticket_id = pinning.result().ticket_id
+    def _end_recall(self, asked: asyncio.Future[int]) -> None:
+        if not asked.cancelled() and asked.exception() is None:
+            ticket_id = asked.result()
             self._engine.post(lambda engine: engine.export_prefix_end(ticket_id))
 
-    async def _push_pinned(self, key: Key, entry: InboxEntry, request: EngineRequest, ticket: PrefixTicket) -> None:
+    async def _push_pinned(
+        self, key: Key, entry: InboxEntry, request: EngineRequest, ticket: PrefixTicket, limit_s: float
+    ) -> None:
         """Ends with the pins given back and the ledger's entry released, whatever happens."""
         push = self._new(entry, request, len(ticket.block_ids))
         self._note(key, push)
         failed: Exception | None = None
         try:
-            async with asyncio.timeout(entry.source_wait_s + _MARGIN_S):
+            async with asyncio.timeout(limit_s):
                 if ticket.block_ids:
                     await self._push(push, request, ticket)
                 else:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from protos.contract.block_hash import block_hashes, root_hash
 from tests.support.store import FreshStore
-from tests.support.worker_world import BLOCK_TOKENS, TIMING, Received, WorkerWorld, prompt, slow, until, worker_world
+from tests.support.worker_world import BLOCK_TOKENS, MODEL, TIMING, Received, WorkerWorld, prompt, slow, until, worker_world
+from workers.engines.oracle.build import oracle_model
+from workers.service.host import WorkerHost
 
 LENGTH = 8 * BLOCK_TOKENS + 5
 OUTPUT = 3 * BLOCK_TOKENS
@@ -104,6 +108,61 @@ def test_a_source_that_has_fewer_blocks_sends_those(fresh_store: FreshStore) -> 
         assert failures(world) == {}
 
     run(fresh_store, scenario)
+
+
+def test_blocks_that_only_host_memory_and_the_disk_have_are_lent(fresh_store: FreshStore, tmp_path: Path) -> None:
+    """The second time some bits on the disk are flipped: fewer blocks come, the others are computed, every token is right."""
+    tiers = {
+        "num_blocks": 24,
+        "host_cache_gb": 6 * block_bytes() / 1e9,
+        "disk_cache": {"path": str(tmp_path), "gb": 0.01},
+        **slow(prefill_tokens_per_s=5_000),
+    }
+
+    async def scenario(world: WorkerWorld) -> None:
+        lender = world.hosts["prefill-0"]
+        for seed in range(1, 7):
+            request = await world.submit(prompt(LENGTH, seed), 1)
+            await world.assign(request, "prefill-0", "prefill-0")
+            await world.answered(request)
+        names = [name for seed in (1, 2) for name in prompt_names(lender, prompt(LENGTH, seed))]
+        assert lender.engine.match_prefix(names) == 0
+        await until(lambda: set(names) <= disk_names(lender), "both are on the disk")
+        got = await turn(world, prompt(LENGTH, 1), source="prefill-0")
+        assert got.timelines[-1].fetched_tokens == 8 * BLOCK_TOKENS
+        flip_bits(tmp_path)
+        before = lender.engine.stats()
+        got = await turn(world, prompt(LENGTH, 2), source="prefill-0")
+        after = lender.engine.stats()
+        assert got.timelines[-1].fetched_tokens < 8 * BLOCK_TOKENS
+        assert after.corrupt_blocks - before.corrupt_blocks == 1
+        stats = lender.status().stats
+        assert stats.lent_blocks == world.hosts["prefill-1"].status().stats.fetched_blocks >= 8
+
+    run(fresh_store, scenario, prefill_0=tiers)
+
+
+def flip_bits(folder: Path) -> None:
+    """One in the payload of every third slot."""
+    for path in folder.rglob("segment-*.kv"):
+        data = bytearray(path.read_bytes())
+        for at in range(200, len(data), 3 * 4096):
+            data[at] ^= 16
+        path.write_bytes(data)
+
+
+def block_bytes() -> int:
+    return oracle_model(MODEL).layout(BLOCK_TOKENS).block_bytes
+
+
+def prompt_names(host: WorkerHost, tokens: list[int]) -> list[bytes]:
+    return block_hashes(root_hash(host.engine.identity.weights_digest, b"salt"), tokens, BLOCK_TOKENS)
+
+
+def disk_names(host: WorkerHost) -> set[bytes]:
+    tiers = host.engine._tiers  # type: ignore[attr-defined]
+    names: set[bytes] = tiers.disk.names() - tiers.host.names()
+    return names
 
 
 def test_another_tenants_blocks_have_other_names(fresh_store: FreshStore) -> None:

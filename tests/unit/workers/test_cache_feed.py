@@ -24,8 +24,8 @@ class Engine:
     def __init__(self) -> None:
         self.has: set[bytes] = set()
 
-    def match_prefix(self, names: tuple[bytes, ...]) -> int:
-        return int(names[0] in self.has)
+    def known_names(self) -> set[bytes]:
+        return set(self.has)
 
 
 class Port:

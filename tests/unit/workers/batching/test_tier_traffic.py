@@ -11,6 +11,7 @@ import pytest
 from tests.support.tier_world import HandLanes, tiered
 from workers.batching.io_lanes import Lane
 from workers.batching.paged_engine import PagedEngine
+from workers.engine_api.block_files import StoredBlock
 from workers.engine_api.clock import ManualClock
 from workers.engine_api.types import EngineRequest, EngineStats, SamplingParams
 from workers.engines.oracle.model import OracleModel
@@ -161,6 +162,31 @@ def test_the_last_waiter_takes_its_fetch_along(world: World) -> None:
     world.serve(0, 4)
 
 
+def test_a_block_that_was_read_too_late_is_written_nowhere(world: World) -> None:
+    """Its prompt is aborted while the io thread reads, and what was reserved for it belongs to another one by then."""
+    world.to_disk()
+    assert world.engine._tiers is not None and world.engine._tiers.disk is not None
+    files = world.engine._tiers.disk.files
+    read, prompt, tokens = files.read, tuple(range(100, 137)), list[int]()
+
+    def read_slowly(slot: int, block: StoredBlock, into: memoryview) -> bool:
+        right = read(slot, block, into)
+        assert world.engine.abort(f"r{world.turn}", 1)
+        world.engine.add(EngineRequest(request_id="other", epoch=1, prompt=prompt, sampling=SAMPLING))
+        for _ in range(2):
+            tokens.extend(token.token_id for token in world.engine.step().tokens)
+        assert world.engine.stats().used_blocks == 10, "all blocks of the pool"
+        return right
+
+    files.read = read_slowly  # type: ignore[method-assign]
+    world.add(0)
+    world.lanes.run(Lane.FETCH)
+    while world.engine.has_work():
+        tokens.extend(token.token_id for token in world.engine.step().tokens)
+        world.check()
+    assert tokens == expected_tokens(MODEL, prompt, SAMPLING), "a block of another prompt was overwritten"
+
+
 @pytest.mark.parametrize("offset", [0, 8, 12, 16, 24, 40, 56, 72, 88, 104, 150, 231])
 def test_one_flipped_bit_anywhere_costs_one_block_and_no_token(world: World, tmp_path: Path, offset: int) -> None:
     before = world.to_disk()
@@ -202,7 +228,6 @@ def test_files_that_are_not_what_was_written(world: World, tmp_path: Path, damag
 
 def foreign_segment(tmp_path: Path, model: OracleModel, like: bytes) -> bytes:
     """The same prompts, written by an engine of another model."""
-    from workers.engine_api.block_files import StoredBlock
     from workers.kv_tiers.slot_format import HEADER_BYTES, fingerprint_key, pack_header, parse_header
 
     ours = fingerprint_key(MODEL.identity, MODEL.layout(SIZE))
