@@ -27,7 +27,7 @@ def message_json(message: Any) -> dict[str, Any]:
     }
 
 
-_NUMBERS = frozenset({"epoch", "incarnation", "opened", "released"})
+_NUMBERS = frozenset({"epoch", "incarnation", "opened", "released", "host_bytes", "disk_bytes", "bytes"})
 
 
 def books_json(books: audit.KvBooks) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def ls(instances: Instances = None, cluster: Cluster = None, timeout: Timeout = 
 
 @app.command("verify")
 def verify(instances: Instances = None, cluster: Cluster = None, timeout: Timeout = 10.0, as_json: Json = False) -> None:
-    """Compare the books of every worker with its engine. Exit code 1 when they do not agree."""
+    """Compare the books of every worker with its engine, and check some blocks of its disk cache. Exit code 1 on findings."""
     reply = with_client(lambda client: client.verify_kv(instances or ()), cluster, timeout)
     if as_json:
         audits = [
@@ -59,6 +59,7 @@ def verify(instances: Instances = None, cluster: Cluster = None, timeout: Timeou
                 "books": books_json(one.books),
                 "findings": [message_json(found) for found in one.findings],
                 "took_s": one.took_s,
+                "disk_checked": one.disk_checked,
             }
             for one in reply.audits
         ]
@@ -81,7 +82,10 @@ def gc(
     timeout: Timeout = 10.0,
     as_json: Json = False,
 ) -> None:
-    """Give back KV blocks that provably nobody owns: their lease is over and Redis knows no such live request."""
+    """Give back KV blocks that provably nobody owns: their lease is over and Redis knows no such live request.
+
+    Removes disk caches of instances that are gone for ten minutes as well, on the nodes that are asked.
+    """
     reply = with_client(lambda client: client.collect_kv(instances or (), apply), cluster, timeout)
     if as_json:
         collections = [
@@ -123,24 +127,45 @@ def _print_entries(books: Iterable[audit.KvBooks]) -> None:
 
 def _print_books(books: Iterable[audit.KvBooks]) -> None:
     print_table(
-        ("instance", "incarnation", "total", "used", "cached", "free", "leaked", "overdue", "opened", "released"),
+        (
+            "instance", "incarnation", "total", "used", "cached", "free", "host", "disk", "leaked", "overdue", "opened",
+            "released",
+        ),
         [
             (
                 one.instance_id, one.incarnation, one.total_blocks, one.used_blocks, one.cached_blocks, one.free_blocks,
-                one.leaked_blocks, one.overdue_blocks, one.opened, one.released,
+                _tier(one.host_blocks, one.host_bytes), _tier(one.disk_blocks, one.disk_bytes), one.leaked_blocks,
+                one.overdue_blocks, one.opened, one.released,
             )
             for one in books
         ],
     )  # fmt: skip
 
 
+def _tier(blocks: int, num_bytes: int) -> str:
+    """What a tier below the pool holds."""
+    return f"{blocks} ({num_bytes / 1e6:.1f} MB)" if blocks else "-"
+
+
 def _print_return(instance_id: str, back: audit.KvReturn) -> None:
+    if back.kind == "disk":
+        _print_folder(instance_id, back)
+        return
     what = f"{back.kind} {back.request_id} epoch {back.epoch}" if back.request_id else back.kind
     if back.kept_because:
         stdout.print(f"{instance_id}: kept {what}, {back.blocks} blocks: {back.kept_because}", markup=False)
         return
     verb = "gave back" if back.done else "would give back"
     stdout.print(f"{instance_id}: {verb} {what}, {back.blocks} blocks: {back.why}", markup=False)
+
+
+def _print_folder(instance_id: str, back: audit.KvReturn) -> None:
+    what = f"{back.path}, {back.bytes / 1e6:.1f} MB"
+    if back.kept_because:
+        stdout.print(f"{instance_id}: kept {what}: {back.kept_because}", markup=False)
+        return
+    verb = "removed" if back.done else "would remove"
+    stdout.print(f"{instance_id}: {verb} {what}: {back.why}", markup=False)
 
 
 def _print_unanswered(unanswered: Iterable[admin.Unanswered]) -> None:

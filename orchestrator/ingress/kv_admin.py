@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from orchestrator.ingress.worker_calls import WorkerCalls
-from protos.wire import admin, worker
+from protos.wire import admin, audit, worker
 
 _TIMEOUT_S = 6.0
+_CACHE_OWNER_S = 600.0  # an instance that is away for less may come back to its disk cache
 
 
 class KvAdmin:
@@ -41,6 +42,19 @@ class KvAdmin:
     async def collect(self, request: admin.CollectKvRequest) -> admin.CollectKvReply:
         """What every worker gave back, or would."""
         records = await self._workers.instances(request.instance_ids)
-        wanted = worker.WorkerCollectKvRequest(apply=request.apply)
+        wanted = worker.WorkerCollectKvRequest(
+            apply=request.apply, cache_owners=await self._workers.heard_of_within(_CACHE_OWNER_S)
+        )
         answers = await self._workers.ask(records, lambda stub, _: stub.CollectKv(wanted, timeout=_TIMEOUT_S), _TIMEOUT_S)
+        seen: set[tuple[str, str]] = set()
+        for record, found in answers.found:
+            _tell_once(record.addr.rpartition(":")[0], found, seen)
         return admin.CollectKvReply(collections=[found for _, found in answers.found], unanswered=answers.unanswered)
+
+
+def _tell_once(node: str, found: audit.KvCollection, seen: set[tuple[str, str]]) -> None:
+    """Workers of one node see the same folders: each is told of by the first."""
+    told = [one for one in found.returns if one.kind != "disk" or (node, one.path) not in seen]
+    seen |= {(node, one.path) for one in told if one.kind == "disk"}
+    del found.returns[:]
+    found.returns.extend(told)

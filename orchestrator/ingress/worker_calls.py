@@ -51,6 +51,11 @@ class WorkerCalls:
             raise InvalidRequest(f"instance {unknown[0]!r} is not registered; there are: {there}")
         return tuple(r for r in records if (r.instance_id in wanted if wanted else r.state in ALIVE))
 
+    async def heard_of_within(self, age_s: float) -> list[str]:
+        """The instances that are alive, and those that were heard of not longer ago, by name. Raises StoreUnavailable."""
+        view = await self._store.view(0)
+        return [r.instance_id for r in view.instances if r.state in ALIVE or view.now_ms - r.beat_ms < age_s * 1000]
+
     async def ask(
         self, records: Sequence[InstanceRecord], question: Callable[[Any, InstanceRecord], Awaitable[T]], timeout_s: float
     ) -> Answers[T]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,26 @@ class Served:
                 file.write(data)
 
 
+async def look_after_the_disk(served: Served) -> None:
+    """What `autan kv` says and does: totals of tiers, a sound sample, and a cache whose instance is gone."""
+    client = served.client
+    (audit,) = (await client.verify_kv()).audits
+    books = audit.books
+    assert not audit.findings and 0 < audit.disk_checked <= 64
+    assert books.disk_blocks > 0 and books.disk_bytes > books.disk_blocks
+    gone = served.folder.with_name("only-7")
+    shutil.copytree(served.folder, gone)
+    for apply in (False, True):
+        (collection,) = (await client.collect_kv(apply=apply)).collections
+        assert [(one.kind, one.path, one.done, one.kept_because) for one in collection.returns] == [
+            ("disk", str(gone), apply, "")
+        ]
+    assert not gone.exists() and served.folder.exists()
+    served.damage(random.Random(4))
+    (audit,) = (await client.verify_kv()).audits
+    assert {one.kind for one in audit.findings} == {"disk"} and "does not verify" in audit.findings[0].detail
+
+
 def test_tiers_of_a_worker_process_survive_its_death_and_damaged_files() -> None:
     size = oracle_model(oracle_config("sizes").model).layout(BLOCK_TOKENS).block_bytes
     engine = {
@@ -104,6 +125,9 @@ def test_tiers_of_a_worker_process_survive_its_death_and_damaged_files() -> None
             assert hits["host"] > 0 and hits["disk"] > 0 and hits["host"] % BLOCK_TOKENS == hits["disk"] % BLOCK_TOKENS == 0
             assert one["kv_blocks"]["host"] <= HOST_BLOCKS and one["tiers"]["disk_bytes"] > 0
 
+            (books,) = (await client.list_kv()).books
+            assert books.host_blocks > 0 and books.host_bytes == books.host_blocks * size and books.disk_blocks > 0
+
             os.kill(await pid_of(cluster, NAME), signal.SIGKILL)
 
             async def is_back() -> bool:
@@ -115,6 +139,7 @@ def test_tiers_of_a_worker_process_survive_its_death_and_damaged_files() -> None
             back = await served.tells("the heir reads it", disk_restored_tokens=cached)
             assert 0 < cached == back["tiers"]["hit_tokens"]["disk"]
 
+            await look_after_the_disk(served)
             served.damage(random.Random(5))
             await served.serve(*range(PROMPTS))
             hurt = await served.tells("corrupt blocks are counted", corrupt_blocks=1)

@@ -194,7 +194,7 @@ class TieredEngine(RuleBasedStateMachine):
             elif data:
                 at, other = rng.randrange(0, len(data), 4096), rng.randrange(0, len(data), 4096)
                 if how == "every payload":
-                    for slot in range(0, len(data), 4096):
+                    for slot in range(0, len(data) - 4095, 4096):
                         data[slot + HEADER_BYTES + rng.randrange(MODEL.layout(BLOCK_TOKENS).block_bytes)] ^= 1 << rng.randrange(
                             8
                         )

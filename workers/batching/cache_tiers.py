@@ -9,6 +9,7 @@ A name is held while host memory or the disk has it whole. When the last of them
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,11 @@ from workers.batching.disk_tier import DiskTier, chains_of
 from workers.batching.host_tier import BlockCopier, HostTier
 from workers.batching.io_lanes import Lane, Lanes
 from workers.batching.runner import Runner
-from workers.batching.tier_jobs import CopyOut, FetchIn, OpenFiles, Source, WriteOut
+from workers.batching.tier_jobs import CheckFiles, CopyOut, FetchIn, OpenFiles, Source, WriteOut
 from workers.batching.tier_policy import Pace, PrefillCost, worth_reading, worth_writing
 from workers.engine_api.block_files import BlockFiles, StoredBlock
 from workers.engine_api.clock import Clock
+from workers.engine_api.types import DiskAudit
 
 MAX_STORE_BYTES = 64 * 1024 * 1024
 """What may be on its way to host memory and disk at one time."""
@@ -66,6 +68,7 @@ class CacheTiers:
         self._sync_bytes = 0  # copied by the engine's thread since `settle`
         self._queued_s = 0.0  # what the fetches on their way are predicted to take
         self._opening = False
+        self._checking = False
         self._on_gone: Callable[[bytes], None] = lambda name: None
         self._on_found: Callable[[bytes, Sequence[bytes]], None] = lambda parent, names: None
         self.counters = TierCounters()
@@ -209,12 +212,28 @@ class CacheTiers:
                         self._written(job)
                     case OpenFiles():
                         self._opened(job)
+                    case CheckFiles():
+                        self._checked(job)
                     case FetchIn():
                         self._fetched(job)
                         fetches.append(job)
                     case _:
                         raise AssertionError(f"no outcome is known for {job!r}")
         return fetches
+
+    def audit_disk(self, max_blocks: int, seed: int, told: Callable[[DiskAudit], None]) -> None:
+        """See Engine.audit_disk. One at a time, a second one reads nothing. Reading queues behind writing: no prompt waits."""
+        disk = self.disk
+        if disk is None or not disk.is_open or self._checking:
+            told(DiskAudit())
+            return
+        names = list(disk.names())
+        names = random.Random(seed).sample(names, min(max_blocks, len(names)))
+        for name in names:
+            disk.hold(name)
+        blocks = tuple((disk.slot_of(name), StoredBlock(name, *disk.order.place(name))) for name in names)
+        self._checking = True
+        self._lanes.submit(Lane.STORE, CheckFiles(blocks, disk.files, self._block_bytes, told))
 
     def check_integrity(self, in_pool: set[bytes]) -> None:
         """Raises AssertionError when the books of a tier, or those about the pool, do not agree."""
@@ -264,6 +283,17 @@ class CacheTiers:
         new = self.disk.recovered(job.found)
         for parent, names in chains_of([block for block in new if block.name not in self.host]):
             self._on_found(parent, names)
+
+    def _checked(self, job: CheckFiles) -> None:
+        assert self.disk is not None
+        self._checking = False
+        for name in job.corrupt:
+            self.disk.is_corrupt(name)
+        for _, block in job.blocks:
+            self.disk.let_go(block.name)
+        if job.error is not None:
+            self.disk.failed(job.error, self._now_s(), reading=True)
+        job.told(DiskAudit(checked=job.checked, corrupt=tuple(job.corrupt), error=str(job.error or "")))
 
     def _fetched(self, job: FetchIn) -> None:
         self._queued_s = max(0.0, self._queued_s - job.predicted_s)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Listing
 
 from protos.contract.errors import BadFrame, StaleEpoch
 from workers.batching.admission import check_room
+from workers.batching.cache_tiers import CacheTiers
 from workers.batching.import_gate import ImportGate
 from workers.batching.ledger import BlockLedger
 from workers.batching.recalling import Lent
 from workers.batching.scheduler import Plan
 from workers.batching.sequence import Sequence
 from workers.batching.tier_returns import TierReturns
-from workers.engine_api.types import PrefixTicket
+from workers.engine_api.types import DiskAudit, PrefixTicket
 
 
 class PrefixExchange:
-    """The part of an engine that lends and borrows prefixes; what it works on is the engine's."""
+    """The part of an engine that is about blocks by content, here and in lower tiers; what it works on is the engine's."""
 
     _lock: threading.Lock
     _ledger: BlockLedger
+    _tiers: CacheTiers | None
     _gate: ImportGate
     _returns: TierReturns
     _waiting: list[Sequence]
@@ -53,6 +56,14 @@ class PrefixExchange:
         with self._lock:
             self._plan = None
             return self._returns.forget_recall(ticket_id) or self._ledger.end_lending(ticket_id)
+
+    def audit_disk(self, max_blocks: int, seed: int, told: Callable[[DiskAudit], None]) -> None:
+        with self._lock:
+            self._settle()
+            if self._tiers is None:
+                told(DiskAudit())
+            else:
+                self._tiers.audit_disk(max_blocks, seed, told)
 
     def import_prefix_begin(self, root: bytes, names: Listing[bytes]) -> PrefixTicket:
         with self._lock:

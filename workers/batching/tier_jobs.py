@@ -11,6 +11,7 @@ import numpy as np
 from protos.contract.errors import AutanError
 from workers.batching.host_tier import BlockCopier, Bytes
 from workers.engine_api.block_files import BlockFiles, StoredBlock
+from workers.engine_api.types import DiskAudit
 
 
 @dataclass(slots=True)
@@ -73,6 +74,29 @@ class OpenFiles:
                 self.found += batch
             self.ended = True
         except (OSError, AutanError) as error:
+            self.error = error
+
+
+@dataclass(slots=True)
+class CheckFiles:
+    """Reads held blocks of the disk and verifies them; `told` hears of it when the tiers take it in."""
+
+    blocks: tuple[tuple[int, StoredBlock], ...]
+    files: BlockFiles
+    block_bytes: int
+    told: Callable[[DiskAudit], None]
+    checked: int = 0
+    corrupt: list[bytes] = field(default_factory=list)
+    error: OSError | None = None
+
+    def run(self) -> None:
+        row: Bytes = np.empty(self.block_bytes, dtype=np.uint8)
+        try:
+            for slot, block in self.blocks:
+                if not self.files.read(slot, block, row.data):
+                    self.corrupt.append(block.name)
+                self.checked += 1
+        except OSError as error:
             self.error = error
 
 

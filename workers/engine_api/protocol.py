@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from workers.engine_api.types import (
     BlockOwner,
     CacheEvent,
+    DiskAudit,
     EngineRequest,
     EngineStats,
     ImportTicket,
@@ -205,6 +206,14 @@ class Engine(Protocol):
 
     def drain_cache_events(self) -> tuple[CacheEvent, ...]:
         """The changes of the prefix cache since the last call, in order."""
+        ...
+
+    def audit_disk(self, max_blocks: int, seed: int, told: Callable[[DiskAudit], None]) -> None:
+        """Has at most so many blocks of the disk, drawn at random, read and verified beside the steps; corrupt ones go.
+
+        `told` hears of the outcome once: in this call where there is nothing to read, or later, from any thread, when the
+        engine looks for work. It must not call the engine.
+        """
         ...
 
     def block_owners(self) -> tuple[BlockOwner, ...]:

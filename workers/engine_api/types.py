@@ -267,6 +267,15 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskAudit:
+    """Blocks of the disk that were read and verified; `corrupt` are the names of those that were not what they should be."""
+
+    checked: int = 0
+    corrupt: tuple[bytes, ...] = ()
+    error: str = ""  # of the disk; empty when it works, or there is none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockOwner:
     """Somebody who refers to KV blocks of an engine. `kind`: "request" for a sequence, "transfer" for a pin.
 

@@ -27,7 +27,7 @@ from workers.service.engine_thread import EngineThread
 from workers.service.failpoints import Failpoints
 from workers.service.failures import Failures
 from workers.service.handoff_tasks import HandoffTasks
-from workers.service.identity import fingerprint_of
+from workers.service.identity import cache_folder, fingerprint_of
 from workers.service.kv_audit import AuditContext, KvAudit
 from workers.service.membership import Membership
 from workers.service.moves import Moves
@@ -171,6 +171,7 @@ def _audit(
         handoffs=handoffs,
         receiver=receiver,
         prefixes=prefixes,
+        cache_base=folder.parent if (folder := cache_folder(base.spec)) is not None else None,
     )
     return KvAudit(context)
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from protos.contract.errors import EngineFailure, StaleEpoch
 from workers.engine_api.pool_memory import PoolMemory
 from workers.engine_api.protocol import Engine
-from workers.engine_api.types import CacheEvent, EngineRequest, KvLayout, LayerProgress, PrefixTicket, StepResult
+from workers.engine_api.types import CacheEvent, DiskAudit, EngineRequest, KvLayout, LayerProgress, PrefixTicket, StepResult
 from workers.service.failpoints import Failpoints
 
 logger = logging.getLogger(__name__)
@@ -181,6 +181,13 @@ class EngineThread:
     def recall(self, names: Sequence[bytes], wait_s: float, lent: asyncio.Future[PrefixTicket]) -> asyncio.Future[int]:
         """Engine.recall_prefix; `lent` gets the ticket, unless the engine dies first."""
         return self.call(lambda engine: engine.recall_prefix(names, wait_s, partial(self._tell, _succeed, lent)))
+
+    def audit_disk(self, max_blocks: int, seed: int) -> asyncio.Future[DiskAudit]:
+        """Engine.audit_disk. Never done when the disk hangs, or the engine dies meanwhile."""
+        assert self._loop is not None, "start() first"
+        told: asyncio.Future[DiskAudit] = self._loop.create_future()
+        self.post(lambda engine: engine.audit_disk(max_blocks, seed, partial(self._tell, _succeed, told)))
+        return told
 
     def export_kv(self, block_id: int, group: int) -> memoryview:
         """See Engine.export_kv."""

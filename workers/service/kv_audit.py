@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import secrets
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from protos.contract.errors import StaleEpoch
 from protos.wire import audit
 from workers.engine_api.protocol import Engine
-from workers.engine_api.types import BlockOwner, EngineStats
+from workers.engine_api.types import BlockOwner, DiskAudit, EngineStats
+from workers.kv_tiers.folders import sweep
 from workers.kv_transfer.ledger import Entry, Ledger, Side
 from workers.kv_transfer.receiver import Receiver
 from workers.service import kv_books
@@ -23,6 +28,10 @@ from workers.service.prefix_exchange import PrefixExchange
 from workers.service.store import WorkerStore
 
 logger = logging.getLogger(__name__)
+
+_DISK_BLOCKS = 64
+_DISK_BYTES = 64 * 1024 * 1024
+_DISK_TIMEOUT_S = 3.0  # below what the ingress waits for the answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +46,7 @@ class AuditContext:
     handoffs: HandoffTasks
     receiver: Receiver
     prefixes: PrefixExchange
+    cache_base: Path | None  # of the cluster's disk caches on this node
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +68,25 @@ class KvAudit:
         return self._books(snapshot)
 
     async def verify(self) -> audit.KvAudit:
-        """The books against the engine, and the engine against itself. Raises EngineFailure when the engine is gone."""
+        """The books against the engine, the engine against itself, and some blocks of the disk against their digests.
+
+        Raises EngineFailure when the engine is gone."""
         started_s = time.monotonic()
         snapshot, integrity = await self._look(check=True)
-        found = kv_books.findings(snapshot, integrity)
+        on_disk = await self._look_at_disk()
+        found = [*kv_books.findings(snapshot, integrity), *kv_books.disk_findings(on_disk)]
         for one in found:
             logger.warning("kv verify: %s %s %d: %s", one.kind, one.request_id, one.epoch, one.detail)
-        return audit.KvAudit(books=self._books(snapshot), findings=found, took_s=time.monotonic() - started_s)
+        return audit.KvAudit(
+            books=self._books(snapshot),
+            findings=found,
+            took_s=time.monotonic() - started_s,
+            disk_checked=on_disk.checked,
+        )
 
-    async def collect(self, apply: bool) -> audit.KvCollection:
-        """Gives back what is provably ownerless, or says what it would give back.
+    async def collect(self, apply: bool, cache_owners: Collection[str] = ()) -> audit.KvCollection:
+        """Gives back what is provably ownerless, or says what it would give back. With `cache_owners` that goes for disk caches
+        of this cluster on this node as well: those of other instances, as far as no process has them locked.
 
         Raises StoreUnavailable, and gives nothing back, when Redis cannot prove it; EngineFailure when the engine is gone.
         """
@@ -84,6 +103,8 @@ class KvAudit:
             returns.append(
                 audit.KvReturn(kind="leaked", blocks=blocks, why="no sequence and no pin refers to them", done=apply)
             )
+        if cache_owners and context.cache_base is not None:
+            returns += await _swept(context.cache_base, {*cache_owners, context.me.instance_id}, apply)
         for one in returns:
             if one.done:
                 logger.warning(
@@ -92,6 +113,16 @@ class KvAudit:
         return audit.KvCollection(
             instance_id=context.me.instance_id, incarnation=context.me.number, applied=apply, returns=returns
         )
+
+    async def _look_at_disk(self) -> DiskAudit:
+        """Reads a bounded random sample, on a thread of the tiers."""
+        engine = self._context.engine
+        most = max(1, min(_DISK_BLOCKS, _DISK_BYTES // engine.layout.block_bytes))
+        try:
+            async with asyncio.timeout(_DISK_TIMEOUT_S):
+                return await engine.audit_disk(most, secrets.randbits(32))
+        except TimeoutError:
+            return DiskAudit(error=f"it did not answer in {_DISK_TIMEOUT_S:g} s")
 
     async def _transfer(self, entry: Entry, apply: bool) -> audit.KvReturn:
         context, key = self._context, (entry.key.request_id, entry.key.epoch)
@@ -181,3 +212,17 @@ class KvAudit:
         made = kv_books.books(snapshot)
         made.pid = os.getpid()
         return made
+
+
+async def _swept(base: Path, owners: Collection[str], apply: bool) -> list[audit.KvReturn]:
+    return [
+        audit.KvReturn(
+            kind="disk",
+            path=str(folder.path),
+            bytes=folder.size_bytes,
+            why=f"no instance {folder.path.name} is alive",
+            done=folder.removed,
+            kept_because=folder.kept_because,
+        )
+        for folder in await asyncio.to_thread(sweep, base, owners, apply)
+    ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from protos.contract.redis_names import is_name
 from protos.wire import audit
-from workers.engine_api.types import BlockOwner, EngineStats
+from workers.engine_api.types import BlockOwner, DiskAudit, EngineStats
 from workers.kv_transfer.handoff_job import Holder
 from workers.kv_transfer.ledger import Entry, Side
 
@@ -61,6 +61,10 @@ def books(snapshot: Snapshot) -> audit.KvBooks:
         cached_blocks=stats.cached_blocks,
         free_blocks=stats.free_blocks,
         leaked_blocks=stats.leaked_blocks,
+        host_blocks=stats.host_blocks,
+        host_bytes=stats.host_bytes,
+        disk_blocks=stats.disk_blocks,
+        disk_bytes=stats.disk_bytes,
         overdue_blocks=sum(entry.blocks for entry in overdue(snapshot)),
         opened=snapshot.opened,
         released=snapshot.released,
@@ -86,6 +90,19 @@ def findings(snapshot: Snapshot, integrity: str = "") -> list[audit.KvFinding]:
         detail = f"{snapshot.opened} opened, {snapshot.released} released, {len(snapshot.entries)} open"
         found.append(audit.KvFinding(kind="unbalanced", detail=detail))
     return [*found, *_unbacked(snapshot)]
+
+
+def disk_findings(audit_of_disk: DiskAudit) -> list[audit.KvFinding]:
+    """What is wrong with the blocks of the disk that were looked at."""
+    found = [
+        audit.KvFinding(
+            kind="disk", blocks=1, detail=f"block {name.hex()} does not verify: it is dropped, and computed again when needed"
+        )
+        for name in audit_of_disk.corrupt
+    ]
+    if audit_of_disk.error:
+        found.append(audit.KvFinding(kind="disk", detail=f"the disk cache cannot be read: {audit_of_disk.error}"))
+    return found
 
 
 def proof(owner: RequestKey, holder: Holder | None) -> str | None:

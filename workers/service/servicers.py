@@ -90,7 +90,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc, unuse
         return await self._audit.verify()
 
     async def CollectKv(self, request: worker.WorkerCollectKvRequest, context: Any) -> audit.KvCollection:
-        return await self._audit.collect(request.apply)
+        return await self._audit.collect(request.apply, request.cache_owners)
 
     async def Diagnose(self, request: worker.WorkerDiagnoseRequest, context: Any) -> audit.SelfReport:
         return await self._diagnosis.report(request)

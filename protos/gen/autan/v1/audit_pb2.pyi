@@ -28,7 +28,7 @@ class KvEntry(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., owner: _Optional[str] = ..., stage: _Optional[str] = ..., blocks: _Optional[int] = ..., writer: _Optional[str] = ..., age_s: _Optional[float] = ..., lease_left_s: _Optional[float] = ...) -> None: ...
 
 class KvBooks(_message.Message):
-    __slots__ = ("instance_id", "incarnation", "total_blocks", "used_blocks", "cached_blocks", "free_blocks", "leaked_blocks", "overdue_blocks", "opened", "released", "entries", "pid", "address")
+    __slots__ = ("instance_id", "incarnation", "total_blocks", "used_blocks", "cached_blocks", "free_blocks", "leaked_blocks", "overdue_blocks", "opened", "released", "entries", "pid", "address", "host_blocks", "host_bytes", "disk_blocks", "disk_bytes")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,10 @@ class KvBooks(_message.Message):
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     incarnation: int
     total_blocks: int
@@ -55,7 +59,11 @@ class KvBooks(_message.Message):
     entries: _containers.RepeatedCompositeFieldContainer[KvEntry]
     pid: int
     address: str
-    def __init__(self, instance_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., total_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., overdue_blocks: _Optional[int] = ..., opened: _Optional[int] = ..., released: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[KvEntry, _Mapping]]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
+    host_blocks: int
+    host_bytes: int
+    disk_blocks: int
+    disk_bytes: int
+    def __init__(self, instance_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., total_blocks: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., leaked_blocks: _Optional[int] = ..., overdue_blocks: _Optional[int] = ..., opened: _Optional[int] = ..., released: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[KvEntry, _Mapping]]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., host_blocks: _Optional[int] = ..., host_bytes: _Optional[int] = ..., disk_blocks: _Optional[int] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
 
 class KvFinding(_message.Message):
     __slots__ = ("kind", "request_id", "epoch", "blocks", "detail")
@@ -72,17 +80,19 @@ class KvFinding(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., blocks: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class KvAudit(_message.Message):
-    __slots__ = ("books", "findings", "took_s")
+    __slots__ = ("books", "findings", "took_s", "disk_checked")
     BOOKS_FIELD_NUMBER: _ClassVar[int]
     FINDINGS_FIELD_NUMBER: _ClassVar[int]
     TOOK_S_FIELD_NUMBER: _ClassVar[int]
+    DISK_CHECKED_FIELD_NUMBER: _ClassVar[int]
     books: KvBooks
     findings: _containers.RepeatedCompositeFieldContainer[KvFinding]
     took_s: float
-    def __init__(self, books: _Optional[_Union[KvBooks, _Mapping]] = ..., findings: _Optional[_Iterable[_Union[KvFinding, _Mapping]]] = ..., took_s: _Optional[float] = ...) -> None: ...
+    disk_checked: int
+    def __init__(self, books: _Optional[_Union[KvBooks, _Mapping]] = ..., findings: _Optional[_Iterable[_Union[KvFinding, _Mapping]]] = ..., took_s: _Optional[float] = ..., disk_checked: _Optional[int] = ...) -> None: ...
 
 class KvReturn(_message.Message):
-    __slots__ = ("kind", "request_id", "epoch", "blocks", "why", "done", "kept_because")
+    __slots__ = ("kind", "request_id", "epoch", "blocks", "why", "done", "kept_because", "path", "bytes")
     KIND_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +100,8 @@ class KvReturn(_message.Message):
     WHY_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     KEPT_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
     kind: str
     request_id: str
     epoch: int
@@ -97,7 +109,9 @@ class KvReturn(_message.Message):
     why: str
     done: bool
     kept_because: str
-    def __init__(self, kind: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., blocks: _Optional[int] = ..., why: _Optional[str] = ..., done: _Optional[bool] = ..., kept_because: _Optional[str] = ...) -> None: ...
+    path: str
+    bytes: int
+    def __init__(self, kind: _Optional[str] = ..., request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., blocks: _Optional[int] = ..., why: _Optional[str] = ..., done: _Optional[bool] = ..., kept_because: _Optional[str] = ..., path: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class KvCollection(_message.Message):
     __slots__ = ("instance_id", "incarnation", "applied", "returns")

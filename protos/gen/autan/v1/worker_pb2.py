@@ -26,7 +26,7 @@ from protos.gen.autan.v1 import audit_pb2 as autan_dot_v1_dot_audit__pb2
 from protos.gen.autan.v1 import common_pb2 as autan_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61utan/v1/worker.proto\x12\x08\x61utan.v1\x1a\x14\x61utan/v1/audit.proto\x1a\x15\x61utan/v1/common.proto\"\x15\n\x13WorkerStatusRequest\"\xbb\x01\n\x11WorkerStatusReply\x12$\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x16.autan.v1.InstanceCard\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.autan.v1.InstanceState\x12&\n\x05stats\x18\x04 \x01(\x0b\x32\x17.autan.v1.InstanceStats\x12\x0e\n\x06ledger\x18\x05 \x03(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\"D\n\x08RankBeat\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06loaded\x18\x04 \x01(\x08\"J\n\tGroupBeat\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x14\n\x0clink_address\x18\x02 \x01(\t\x12\x12\n\nlink_token\x18\x03 \x01(\x0c\"\x15\n\x13WorkerListKvRequest\"\x17\n\x15WorkerVerifyKvRequest\"\'\n\x16WorkerCollectKvRequest\x12\r\n\x05\x61pply\x18\x01 \x01(\x08\"H\n\x0bPeerAddress\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\"f\n\x15WorkerDiagnoseRequest\x12$\n\x05peers\x18\x01 \x03(\x0b\x32\x15.autan.v1.PeerAddress\x12\x14\n\x0csink_address\x18\x02 \x01(\t\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\"=\n\x11WatchCacheRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x13\n\x0b\x61\x66ter_event\x18\x02 \x01(\x04\"~\n\tCacheNews\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12+\n\x08snapshot\x18\x02 \x01(\x0b\x32\x17.autan.v1.CacheSnapshotH\x00\x12\'\n\x06\x65vents\x18\x03 \x01(\x0b\x32\x15.autan.v1.CacheEventsH\x00\x42\x06\n\x04\x62ody\"J\n\rCacheSnapshot\x12\r\n\x05\x65vent\x18\x01 \x01(\x04\x12\r\n\x05names\x18\x02 \x01(\x0c\x12\r\n\x05\x66irst\x18\x03 \x01(\x08\x12\x0c\n\x04last\x18\x04 \x01(\x08\"J\n\x0b\x43\x61\x63heEvents\x12\x13\n\x0b\x66irst_event\x18\x01 \x01(\x04\x12&\n\x07\x63hanges\x18\x02 \x03(\x0b\x32\x15.autan.v1.CacheChange\".\n\x0b\x43\x61\x63heChange\x12\x0e\n\x06stored\x18\x01 \x01(\x0c\x12\x0f\n\x07removed\x18\x02 \x01(\x0c\x32\xd0\x03\n\x06Worker\x12\x44\n\x06Status\x12\x1d.autan.v1.WorkerStatusRequest\x1a\x1b.autan.v1.WorkerStatusReply\x12\x38\n\tJoinGroup\x12\x12.autan.v1.RankBeat\x1a\x13.autan.v1.GroupBeat(\x01\x30\x01\x12:\n\x06ListKv\x12\x1d.autan.v1.WorkerListKvRequest\x1a\x11.autan.v1.KvBooks\x12>\n\x08VerifyKv\x12\x1f.autan.v1.WorkerVerifyKvRequest\x1a\x11.autan.v1.KvAudit\x12\x45\n\tCollectKv\x12 .autan.v1.WorkerCollectKvRequest\x1a\x16.autan.v1.KvCollection\x12\x41\n\x08\x44iagnose\x12\x1f.autan.v1.WorkerDiagnoseRequest\x1a\x14.autan.v1.SelfReport\x12@\n\nWatchCache\x12\x1b.autan.v1.WatchCacheRequest\x1a\x13.autan.v1.CacheNews0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61utan/v1/worker.proto\x12\x08\x61utan.v1\x1a\x14\x61utan/v1/audit.proto\x1a\x15\x61utan/v1/common.proto\"\x15\n\x13WorkerStatusRequest\"\xbb\x01\n\x11WorkerStatusReply\x12$\n\x04\x63\x61rd\x18\x01 \x01(\x0b\x32\x16.autan.v1.InstanceCard\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.autan.v1.InstanceState\x12&\n\x05stats\x18\x04 \x01(\x0b\x32\x17.autan.v1.InstanceStats\x12\x0e\n\x06ledger\x18\x05 \x03(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\"D\n\x08RankBeat\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0e\n\x06loaded\x18\x04 \x01(\x08\"J\n\tGroupBeat\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x14\n\x0clink_address\x18\x02 \x01(\t\x12\x12\n\nlink_token\x18\x03 \x01(\x0c\"\x15\n\x13WorkerListKvRequest\"\x17\n\x15WorkerVerifyKvRequest\"=\n\x16WorkerCollectKvRequest\x12\r\n\x05\x61pply\x18\x01 \x01(\x08\x12\x14\n\x0c\x63\x61\x63he_owners\x18\x02 \x03(\t\"H\n\x0bPeerAddress\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\"f\n\x15WorkerDiagnoseRequest\x12$\n\x05peers\x18\x01 \x03(\x0b\x32\x15.autan.v1.PeerAddress\x12\x14\n\x0csink_address\x18\x02 \x01(\t\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\"=\n\x11WatchCacheRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12\x13\n\x0b\x61\x66ter_event\x18\x02 \x01(\x04\"~\n\tCacheNews\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\x12+\n\x08snapshot\x18\x02 \x01(\x0b\x32\x17.autan.v1.CacheSnapshotH\x00\x12\'\n\x06\x65vents\x18\x03 \x01(\x0b\x32\x15.autan.v1.CacheEventsH\x00\x42\x06\n\x04\x62ody\"J\n\rCacheSnapshot\x12\r\n\x05\x65vent\x18\x01 \x01(\x04\x12\r\n\x05names\x18\x02 \x01(\x0c\x12\r\n\x05\x66irst\x18\x03 \x01(\x08\x12\x0c\n\x04last\x18\x04 \x01(\x08\"J\n\x0b\x43\x61\x63heEvents\x12\x13\n\x0b\x66irst_event\x18\x01 \x01(\x04\x12&\n\x07\x63hanges\x18\x02 \x03(\x0b\x32\x15.autan.v1.CacheChange\".\n\x0b\x43\x61\x63heChange\x12\x0e\n\x06stored\x18\x01 \x01(\x0c\x12\x0f\n\x07removed\x18\x02 \x01(\x0c\x32\xd0\x03\n\x06Worker\x12\x44\n\x06Status\x12\x1d.autan.v1.WorkerStatusRequest\x1a\x1b.autan.v1.WorkerStatusReply\x12\x38\n\tJoinGroup\x12\x12.autan.v1.RankBeat\x1a\x13.autan.v1.GroupBeat(\x01\x30\x01\x12:\n\x06ListKv\x12\x1d.autan.v1.WorkerListKvRequest\x1a\x11.autan.v1.KvBooks\x12>\n\x08VerifyKv\x12\x1f.autan.v1.WorkerVerifyKvRequest\x1a\x11.autan.v1.KvAudit\x12\x45\n\tCollectKv\x12 .autan.v1.WorkerCollectKvRequest\x1a\x16.autan.v1.KvCollection\x12\x41\n\x08\x44iagnose\x12\x1f.autan.v1.WorkerDiagnoseRequest\x1a\x14.autan.v1.SelfReport\x12@\n\nWatchCache\x12\x1b.autan.v1.WatchCacheRequest\x1a\x13.autan.v1.CacheNews0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,21 +46,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERVERIFYKVREQUEST']._serialized_start=462
   _globals['_WORKERVERIFYKVREQUEST']._serialized_end=485
   _globals['_WORKERCOLLECTKVREQUEST']._serialized_start=487
-  _globals['_WORKERCOLLECTKVREQUEST']._serialized_end=526
-  _globals['_PEERADDRESS']._serialized_start=528
-  _globals['_PEERADDRESS']._serialized_end=600
-  _globals['_WORKERDIAGNOSEREQUEST']._serialized_start=602
-  _globals['_WORKERDIAGNOSEREQUEST']._serialized_end=704
-  _globals['_WATCHCACHEREQUEST']._serialized_start=706
-  _globals['_WATCHCACHEREQUEST']._serialized_end=767
-  _globals['_CACHENEWS']._serialized_start=769
-  _globals['_CACHENEWS']._serialized_end=895
-  _globals['_CACHESNAPSHOT']._serialized_start=897
-  _globals['_CACHESNAPSHOT']._serialized_end=971
-  _globals['_CACHEEVENTS']._serialized_start=973
-  _globals['_CACHEEVENTS']._serialized_end=1047
-  _globals['_CACHECHANGE']._serialized_start=1049
-  _globals['_CACHECHANGE']._serialized_end=1095
-  _globals['_WORKER']._serialized_start=1098
-  _globals['_WORKER']._serialized_end=1562
+  _globals['_WORKERCOLLECTKVREQUEST']._serialized_end=548
+  _globals['_PEERADDRESS']._serialized_start=550
+  _globals['_PEERADDRESS']._serialized_end=622
+  _globals['_WORKERDIAGNOSEREQUEST']._serialized_start=624
+  _globals['_WORKERDIAGNOSEREQUEST']._serialized_end=726
+  _globals['_WATCHCACHEREQUEST']._serialized_start=728
+  _globals['_WATCHCACHEREQUEST']._serialized_end=789
+  _globals['_CACHENEWS']._serialized_start=791
+  _globals['_CACHENEWS']._serialized_end=917
+  _globals['_CACHESNAPSHOT']._serialized_start=919
+  _globals['_CACHESNAPSHOT']._serialized_end=993
+  _globals['_CACHEEVENTS']._serialized_start=995
+  _globals['_CACHEEVENTS']._serialized_end=1069
+  _globals['_CACHECHANGE']._serialized_start=1071
+  _globals['_CACHECHANGE']._serialized_end=1117
+  _globals['_WORKER']._serialized_start=1120
+  _globals['_WORKER']._serialized_end=1584
 # @@protoc_insertion_point(module_scope)

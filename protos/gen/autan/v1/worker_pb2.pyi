@@ -59,10 +59,12 @@ class WorkerVerifyKvRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerCollectKvRequest(_message.Message):
-    __slots__ = ("apply",)
+    __slots__ = ("apply", "cache_owners")
     APPLY_FIELD_NUMBER: _ClassVar[int]
+    CACHE_OWNERS_FIELD_NUMBER: _ClassVar[int]
     apply: bool
-    def __init__(self, apply: _Optional[bool] = ...) -> None: ...
+    cache_owners: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, apply: _Optional[bool] = ..., cache_owners: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PeerAddress(_message.Message):
     __slots__ = ("instance_id", "address", "incarnation")

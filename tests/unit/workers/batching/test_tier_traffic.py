@@ -13,7 +13,7 @@ from workers.batching.io_lanes import Lane
 from workers.batching.paged_engine import PagedEngine
 from workers.engine_api.block_files import StoredBlock
 from workers.engine_api.clock import ManualClock
-from workers.engine_api.types import EngineRequest, EngineStats, SamplingParams
+from workers.engine_api.types import DiskAudit, EngineRequest, EngineStats, SamplingParams
 from workers.engines.oracle.model import OracleModel
 from workers.engines.oracle.reference import expected_tokens
 
@@ -241,6 +241,32 @@ def foreign_segment(tmp_path: Path, model: OracleModel, like: bytes) -> bytes:
             block: StoredBlock = header[0]
             out[at : at + HEADER_BYTES] = pack_header(theirs, block, payload)
     return bytes(out)
+
+
+def test_an_audit_of_the_disk_finds_what_is_corrupt_and_nothing_else(world: World, tmp_path: Path) -> None:
+    before, told = world.to_disk(), list[DiskAudit]()
+    world.engine.audit_disk(20, 1, told.append)
+    assert told == [] and not world.engine.has_work(), "nobody waits for it"
+    world.serve(*range(8))  # blocks that are looked at are not written over meanwhile
+    assert told.pop() == DiskAudit(checked=20)
+    flipped = 0
+    for path in segments(tmp_path):
+        data = bytearray(path.read_bytes())
+        for slot in range(0, len(data), 4096 * 5):
+            flipped += any(data[slot : slot + 8])
+            data[slot + 120] ^= 4
+        path.write_bytes(data)
+    world.engine.audit_disk(1000, 2, told.append)
+    world.engine.audit_disk(1000, 2, told.append)
+    assert told.pop() == DiskAudit(), "one at a time"
+    world.io()
+    (found,) = told
+    assert (found.checked, len(found.corrupt), found.error) == (before.disk_blocks, flipped, "")
+    after = world.engine.stats()
+    assert after.corrupt_blocks == before.corrupt_blocks + flipped
+    assert after.disk_blocks == before.disk_blocks - flipped
+    world.check()
+    world.serve(*range(8))
 
 
 def test_a_full_disk_turns_the_tier_off_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
