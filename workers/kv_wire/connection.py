@@ -1,4 +1,4 @@
-"""One HTTP/2 connection that carries one call at a time: the socket, both directions of flow control, and the frames in between.
+"""One HTTP/2 connection that carries one call at a time: the socket, the windows of both directions, the frames in between.
 
     OPEN -> LOST    the peer hung up, broke the protocol, or this side closed; whoever waits hears ConnectionLost
 

@@ -1,7 +1,7 @@
 """From received bytes to whole gRPC messages, without a copy of the large ones.
 
-The socket writes where `buffer` says: the inside of a message straight into the memory in which it will be read, and in the same
-call a few bytes of what follows, which are the next frame's head. Everything else is small and goes through a small buffer.
+The socket writes where `buffer` says: the inside of a message straight into the memory in which it will be read, and in the
+same call a few bytes of what follows, which are the next frame's head. All else is small and goes through a small buffer.
 Memory of messages is mapped without being touched: what a peer announces costs nothing until it sends it.
 """
 

@@ -48,7 +48,7 @@ def push_server(handoffs: Receiver, prefixes: Receiver, max_message_bytes: int, 
 
 
 class PushDialer:
-    """Connects to the Push ports of others. One that could not be reached is left alone for a minute: gRPC's is there as well."""
+    """Connects to the Push ports of others. One that could not be reached is left alone for a minute: gRPC is there too."""
 
     def __init__(self) -> None:
         self._avoid_until_s: dict[tuple[str, int], float] = {}

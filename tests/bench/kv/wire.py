@@ -2,8 +2,8 @@
 
 `python -m tests.bench.kv.wire [BLOCK_KIB BLOCKS FRAME_KIB STREAMS [ROUNDS]]` prints one JSON line: GB/s from the first
 open to the commit, CPU seconds per GB of both sides, and the GB/s of a raw socket; medians of rounds that alternate. Integrity
-is on. `grpc`, `shared` or `tls` before the numbers takes that way instead of the port that is only for Push. A first hand-off of at most 32 MB is not
-measured: in a worker, messages use memory that earlier ones have used, and pools are mapped once.
+is on. `grpc`, `shared` or `tls` before the numbers takes that way instead of the port for Push. A first hand-off of at most
+32 MB is not measured: in a worker, messages use memory that earlier ones have used, and pools are mapped once.
 """
 
 from __future__ import annotations
