@@ -16,21 +16,18 @@ from collections.abc import Sequence
 from workers.kv_wire.h2_frames import (
     ACK,
     END_STREAM,
-    FIRST_WINDOW_BYTES,
     LARGEST_FRAME_BYTES,
     LARGEST_WINDOW_BYTES,
-    PREFACE,
     Code,
     FrameHead,
     Kind,
-    Setting,
     WireFault,
     frame,
     goaway,
+    greeting,
     head,
     read_number,
     read_settings,
-    settings,
     window_update,
 )
 from workers.kv_wire.header_blocks import MOST_LIST_BYTES, HeaderReader, Headers, HeaderWriter
@@ -71,6 +68,7 @@ class Connection:
         self._has_settings = False
         self.stream = 0  # of the call that runs; none: 0
         self._has_ended = False  # the peer sends no more on it
+        self._is_deaf = False  # the peer takes no more on it
         self._held: memoryview | None = None
         self._begin(is_client)
 
@@ -100,7 +98,7 @@ class Connection:
 
     def begin_call(self, stream: int) -> None:
         """From now on DATA of this stream is the call's."""
-        self.stream, self._has_ended = stream, False
+        self.stream, self._has_ended, self._is_deaf = stream, False, False
         self._peer.begin_call()
 
     def end_call(self) -> None:
@@ -171,6 +169,11 @@ class Connection:
         """The peer sends nothing more on the call."""
         self._has_ended = True
         self._news.set()
+
+    def peer_is_deaf(self) -> None:
+        """The peer sends nothing more on the call, and takes nothing more."""
+        self._is_deaf = True
+        self.peer_ended()
 
     def control(self, head: FrameHead, payload: memoryview) -> None:
         """See FrameHandler."""
@@ -252,6 +255,8 @@ class Connection:
         rest = [memoryview(piece) for piece in pieces if len(piece)]
         left, stream = sum(len(piece) for piece in rest), self.stream
         while left:
+            if self._is_deaf:
+                raise ConnectionLost("the peer has ended the call")
             size = min(left, self._peer.room_bytes)
             if size <= 0:
                 await self._changed()
@@ -326,14 +331,7 @@ class Connection:
     # -- the socket -----------------------------------------------------------------------------------------------------
 
     def _begin(self, is_client: bool) -> None:
-        wanted = {
-            Setting.INITIAL_WINDOW_SIZE: LARGEST_WINDOW_BYTES,
-            Setting.MAX_FRAME_SIZE: LARGEST_FRAME_BYTES,
-            Setting.MAX_HEADER_LIST_SIZE: MOST_LIST_BYTES,
-        }
-        wanted |= {Setting.ENABLE_PUSH: 0} if is_client else {Setting.MAX_CONCURRENT_STREAMS: 1}
-        self._queued += PREFACE if is_client else b""
-        self._queued += settings(wanted) + window_update(LARGEST_WINDOW_BYTES - FIRST_WINDOW_BYTES)
+        self._queued += greeting(MOST_LIST_BYTES, is_client=is_client)
         self._flush()
         self._read_on()
 
@@ -384,7 +382,7 @@ class Connection:
         self._flush()
 
     def _refuse(self, fault: WireFault) -> None:
-        logger.warning("a connection of the KV wire ends: %s", fault)
+        logger.warning("a connection of the KV wire ends: %s: %s", fault.code.name, fault)
         if not self._is_writing:
             self._queued += goaway(0, fault)
             self._flush()

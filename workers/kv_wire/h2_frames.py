@@ -102,6 +102,18 @@ def settings(values: Mapping[Setting, int]) -> bytes:
     return frame(Kind.SETTINGS, b"".join(_SETTING.pack(key, value) for key, value in values.items()))
 
 
+def greeting(most_list_bytes: int, *, is_client: bool) -> bytes:
+    """What each side says first: windows and frames are as large as they can be, one call at a time, nothing is pushed."""
+    wanted = {
+        Setting.INITIAL_WINDOW_SIZE: LARGEST_WINDOW_BYTES,
+        Setting.MAX_FRAME_SIZE: LARGEST_FRAME_BYTES,
+        Setting.MAX_HEADER_LIST_SIZE: most_list_bytes,
+    }
+    wanted |= {Setting.ENABLE_PUSH: 0} if is_client else {Setting.MAX_CONCURRENT_STREAMS: 1}
+    widest = window_update(LARGEST_WINDOW_BYTES - FIRST_WINDOW_BYTES)
+    return (PREFACE if is_client else b"") + settings(wanted) + widest
+
+
 def read_settings(payload: memoryview) -> dict[int, int]:
     """What a SETTINGS frame says. Raises WireFault for values that HTTP/2 does not know, and for too many of them."""
     if len(payload) % _SETTING.size:

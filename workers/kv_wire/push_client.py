@@ -50,7 +50,7 @@ class _ClientConnection(Connection):
 
     def _fail(self, error: grpc.aio.AioRpcError | None) -> None:
         self.failed = self.failed or error
-        self.peer_ended()
+        self.peer_is_deaf()
 
 
 class PushCall(Generic[Reply]):

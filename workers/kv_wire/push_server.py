@@ -148,7 +148,7 @@ class _ServerConnection(Connection):
     def stream_reset(self, stream: int, code: int) -> None:
         if stream == self.stream:
             self._call_is_reset = True
-            self.peer_ended()
+            self.peer_is_deaf()
 
     def call_failed(self, fault: CallFault) -> None:
         self._fault = fault
