@@ -52,7 +52,7 @@ class Connection:
     def __init__(self, sock: socket.socket, most_message_bytes: int, *, is_client: bool) -> None:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock = sock
+        self._sock, self._fd = sock, sock.fileno()
         self._loop = asyncio.get_running_loop()
         self._reader = MessageReader(self, most_message_bytes, LARGEST_FRAME_BYTES, expects_preface=not is_client)
         self._headers_in, self._headers_out = HeaderReader(), HeaderWriter()
@@ -112,8 +112,8 @@ class Connection:
         if self._lost is not None:
             return
         self._lost = why
-        self._loop.remove_reader(self._sock)
-        self._loop.remove_writer(self._sock)
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
         self._sock.close()
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
@@ -302,13 +302,13 @@ class Connection:
     async def _until_writable(self) -> None:
         self._writable = self._loop.create_future()
         writable = self._writable
-        self._loop.add_writer(self._sock, lambda: None if writable.done() else writable.set_result(None))
+        self._loop.add_writer(self._fd, lambda: None if writable.done() else writable.set_result(None))
         try:
             await writable
         finally:
             self._writable = None
             if self._lost is None:
-                self._loop.remove_writer(self._sock)
+                self._loop.remove_writer(self._fd)
 
     def _queue(self, control: bytes) -> None:
         self._queued += control
@@ -348,14 +348,15 @@ class Connection:
         self._flush()
 
     def _watch(self) -> None:
-        wants = not self._reader.has_message and self._lost is None
-        if wants and not self._is_reading:
-            self._loop.add_reader(self._sock, self._on_readable)
-        elif not wants and self._is_reading and self._lost is None:
-            self._loop.remove_reader(self._sock)
-        self._is_reading = wants
+        if not self._is_reading and not self._reader.has_message and self._lost is None:
+            self._loop.add_reader(self._fd, self._on_readable)
+            self._is_reading = True
 
     def _on_readable(self) -> None:
+        if self._reader.has_message:  # which is not taken yet: mostly it is before more bytes come
+            self._loop.remove_reader(self._fd)
+            self._is_reading = False
+            return
         try:
             for _ in range(_READS_PER_TURN):
                 if self._reader.has_message or self._lost is not None:
@@ -378,7 +379,6 @@ class Connection:
             return
         if self._reader.has_message:
             self._news.set()
-        self._watch()
         self._flush()
 
     def _refuse(self, fault: WireFault) -> None:
