@@ -48,11 +48,15 @@ class PushServer:
     def __init__(self, handlers: Mapping[str, Handler], limits: ServerLimits) -> None:
         self.handlers = handlers
         self.limits = limits
+        self.calls_begun = 0
+        self.port = 0  # while it listens
         self._listener: socket.socket | None = None
         self._connections: set[_ServerConnection] = set()
         self._calls: set[asyncio.Task[None]] = set()
 
-    def __len__(self) -> int:
+    @property
+    def connections(self) -> int:
+        """How many are open."""
         return len(self._connections)
 
     def listen(self, host: str) -> int:
@@ -62,8 +66,8 @@ class PushServer:
         listener.setblocking(False)
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener, self._accept)
-        port: int = listener.getsockname()[1]
-        return port
+        self.port = listener.getsockname()[1]
+        return self.port
 
     async def close(self) -> None:
         """Ends everything, calls by cancelling them. Idempotent."""
@@ -80,6 +84,7 @@ class PushServer:
 
     def spawn(self, connection: _ServerConnection, handler: Handler) -> None:
         """Runs one call."""
+        self.calls_begun += 1
         task = asyncio.create_task(connection.serve(handler))
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from configs.address import parse_address
+from configs.worker_spec import WorkerSpec
 from protos.rpc import parsed
 from protos.wire import kv
 from workers.kv_transfer.push_codec import decode_push
@@ -45,6 +46,15 @@ def push_server(handoffs: Receiver, prefixes: Receiver, max_message_bytes: int, 
     methods = {"/autan.v1.KvTransfer/Push": handoffs, "/autan.v1.PrefixTransfer/Push": prefixes}
     handlers = {method: push_handler(receiver, method) for method, receiver in methods.items()}
     return PushServer(handlers, ServerLimits(most_message_bytes=max_message_bytes, idle_s=idle_s))
+
+
+def serve_push(spec: WorkerSpec, handoffs: Receiver, prefixes: Receiver, host: str) -> PushServer | None:
+    """The one of a worker, on a port of `host`; none with TLS. Raises OSError."""
+    if spec.network.tls is not None:
+        return None
+    server = push_server(handoffs, prefixes, spec.network.max_message_bytes, spec.timing.progress_timeout_s)
+    server.listen(host)
+    return server
 
 
 class PushDialer:

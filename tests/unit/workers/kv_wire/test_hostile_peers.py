@@ -76,7 +76,7 @@ async def attack(wire: bytes, *, idle_s: float = 5.0) -> list[tuple[FrameHead, b
         await serves(port)
     writer.close()
     await server.close()
-    assert not len(server)
+    assert not server.connections
     return found
 
 

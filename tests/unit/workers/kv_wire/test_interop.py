@@ -53,7 +53,7 @@ async def serving(kind: str) -> AsyncIterator[int]:
         server = PushServer({METHOD: checked}, ServerLimits(MOST_BYTES, idle_s=5.0))
         yield server.listen("127.0.0.1")
         await server.close()
-        assert not len(server)
+        assert not server.connections
         return
 
     async def push(messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
