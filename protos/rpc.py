@@ -38,9 +38,11 @@ __all__ = [
     "inference_pb2_grpc",
     "kv_pb2_grpc",
     "open_channel",
+    "parsed",
     "server_options",
     "status_of",
     "tokens_pb2_grpc",
+    "told_error",
     "worker_pb2_grpc",
 ]
 
@@ -176,12 +178,17 @@ def _packed(message: Message) -> any_pb2.Any:
     return box
 
 
+def told_error(error: BaseException, method: str) -> AutanError:
+    """What the caller of a method hears of an error: one of the tree as it is, of any other an id that the log explains."""
+    if isinstance(error, AutanError):
+        return error
+    token = secrets.token_hex(6)
+    logger.exception("unexpected error %s in %s", token, method, exc_info=error)
+    return InternalError(f"internal error {token}: the server's log explains it")
+
+
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException, method: str) -> None:
-    if not isinstance(error, AutanError):
-        token = secrets.token_hex(6)
-        logger.exception("unexpected error %s in %s", token, method, exc_info=error)
-        error = InternalError(f"internal error {token}: the server's log explains it")
-    await context.abort_with_status(rpc_status.to_status(status_of(error)))
+    await context.abort_with_status(rpc_status.to_status(status_of(told_error(error, method))))
 
 
 class GuardInterceptor(grpc.aio.ServerInterceptor):
@@ -225,14 +232,15 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         return check
 
 
-def _parse(deserialize: Callable[[bytes], Any], data: bytes, method: str) -> Any:
+def _parse(deserialize: Callable[[Any], Any], data: Any, method: str) -> Any:
     try:
         return deserialize(data)
     except (DecodeError, RecursionError, ValueError) as error:
         raise InvalidRequest(f"{method}: the request is no valid protobuf message") from error
 
 
-async def _parsed(stream: AsyncIterator[bytes], deserialize: Callable[[bytes], Any], method: str) -> AsyncIterator[Any]:
+async def parsed(stream: AsyncIterator[Any], deserialize: Callable[[Any], Any], method: str) -> AsyncIterator[Any]:
+    """The messages of a stream. Raises InvalidRequest, with a generic sentence, for garbage."""
     async for data in stream:
         yield _parse(deserialize, data, method)
 
@@ -242,7 +250,7 @@ def _guarded(handler: Any, method: str, check: Callable[[Any], None]) -> grpc.Rp
 
     def incoming(request: Any) -> Any:
         if handler.request_streaming:
-            return _parsed(request, deserialize, method)
+            return parsed(request, deserialize, method)
         return _parse(deserialize, request, method)
 
     async def unary(request: Any, context: Any) -> Any:

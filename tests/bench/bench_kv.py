@@ -31,6 +31,7 @@ from tests.bench.report import OUT, Row, publish, row
 
 SOCKET = "raw TCP socket"
 SHARED = "autan, shared memory"
+GRPCIO = "autan, by grpcio"
 PEERS: dict[str, tuple[str, Callable[[], PeerEnv]]] = {
     "nixl": ("NIXL, UCX over TCP", ensure_nixl),
     "mooncake": ("Mooncake, TCP", ensure_mooncake),
@@ -102,9 +103,12 @@ def transports(options: argparse.Namespace) -> tuple[dict[str, Measure], dict[st
     def shared(block_bytes: int, blocks: int) -> dict[str, float]:
         return wire.measure(block_bytes // 1024, blocks, options.frame_kib, 1, wire.Way.SHARED)
 
+    def by_grpcio(block_bytes: int, blocks: int) -> dict[str, float]:
+        return wire.measure(block_bytes // 1024, blocks, options.frame_kib, 1, wire.Way.GRPC)
+
     python = PeerEnv(Path(sys.executable), sys.version.partition(" ")[0])
     found: dict[str, Measure] = {name_of(count): ours(count) for count in options.streams}
-    found |= {SHARED: shared, SOCKET: pair("socket_pair.py", python)}
+    found |= {GRPCIO: by_grpcio, SHARED: shared, SOCKET: pair("socket_pair.py", python)}
     versions = {SOCKET: python.version}
     for name in options.peers:
         title, ensure = PEERS[name]

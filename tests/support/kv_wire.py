@@ -73,6 +73,7 @@ class FaultyWire(kv_pb2_grpc.KvTransferServicer):
             reply: kv.OpenReply = await self._stub.Open(request, timeout=10)
         except grpc.aio.AioRpcError as error:
             raise error_of(error) from error
+        reply.push_port = 0  # which would lead around this wire
         return reply
 
     async def Close(self, request: kv.CloseRequest, context: Any) -> kv.CloseReply:

@@ -11,6 +11,7 @@ from workers.engine_api.types import EngineRequest
 from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.encodings import Compression
 from workers.kv_transfer.port import EnginePort
+from workers.kv_transfer.push_calls import Dial
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ class SendContext:
     open_patience_s: float
     compression: Compression = "none"  # what this side is configured for; the receiver chooses
     segment: Callable[[], PoolSegment | None] = lambda: None  # the pool, where other processes may map it
+    dial: Dial | None = None  # to a port that the receiver serves Push on; without it Push goes where Open went
     engine_alive: Callable[[], bool] = lambda: True
     reach: Callable[[str], Awaitable[None]] = _pass
     on_progress: Callable[[str, int], None] = lambda request_id, epoch: None

@@ -9,7 +9,8 @@ from protos.contract.block_hash import HASH_BYTES
 from protos.rpc import kv_pb2_grpc
 from protos.wire import kv
 from workers.kv_transfer.handoff_job import HandoffJob, SendContext
-from workers.kv_transfer.sender import Handoff, StreamChannels
+from workers.kv_transfer.push_calls import StreamChannels
+from workers.kv_transfer.sender import Handoff
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +30,8 @@ class PrefixPush(Handoff):
 
     push_method = "/autan.v1.PrefixTransfer/Push"
 
-    def __init__(self, job: PrefixJob, channels: StreamChannels, context: SendContext) -> None:
-        super().__init__(job, channels, context)
+    def __init__(self, job: PrefixJob, channels: StreamChannels, context: SendContext, host: str = "") -> None:
+        super().__init__(job, channels, context, host)
         make: Any = kv_pb2_grpc.PrefixTransferStub
         self._stub = make(channels(0))
 

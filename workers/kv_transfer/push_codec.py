@@ -1,6 +1,7 @@
 """Push messages as bytes. The wire is that of `PushFrame` in kv.proto; the codec is by hand, so a payload is copied once.
 
-A message is small heads, each followed by its payload: encoding is one join, decoding gives views into the message.
+A message is small heads, each followed by its payload: it is made as a list of pieces, which a transport joins or writes one
+after another, and decoding gives views into it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class PushMessage:
 
 def encode_data(transfer_id: str, epoch: int, frames: Sequence[DataFrame], stream: int = 0) -> bytes:
     """The message of 1 to `MAX_PARTS` data frames. Each payload is copied once, into the result."""
+    return b"".join(data_pieces(transfer_id, epoch, frames, stream))
+
+
+def data_pieces(transfer_id: str, epoch: int, frames: Sequence[DataFrame], stream: int = 0) -> list[bytes | memoryview]:
+    """The same message in pieces; payloads are among them, not copied."""
     assert 1 <= len(frames) <= MAX_PARTS, len(frames)
     pieces: list[bytes | memoryview] = [kv.PushFrame(transfer_id=transfer_id, epoch=epoch, stream=stream).SerializeToString()]
     field = _PUSH["data"]
@@ -73,7 +79,7 @@ def encode_data(transfer_id: str, epoch: int, frames: Sequence[DataFrame], strea
         inner = fields.SerializeToString() + (b"" if frame.pool_bytes else _head(_BLOCK["payload"], size))
         pieces += (_head(field, len(inner) + size), inner, frame.payload)
         field = _PUSH["more"]
-    return b"".join(pieces)
+    return pieces
 
 
 def encode_other(transfer_id: str, epoch: int, end: kv.EndFrame | None = None, stream: int = 0) -> bytes:
@@ -81,7 +87,7 @@ def encode_other(transfer_id: str, epoch: int, end: kv.EndFrame | None = None, s
     return kv.PushFrame(transfer_id=transfer_id, epoch=epoch, end=end, stream=stream).SerializeToString()
 
 
-def decode_push(message: bytes) -> PushMessage:
+def decode_push(message: bytes | memoryview) -> PushMessage:
     """Reads a message; payloads are views into it. Raises ValueError, or DecodeError, for anything malformed."""
     transfer_id, epoch, stream = "", 0, 0
     data: DataFrame | None = None

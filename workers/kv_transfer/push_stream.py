@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -24,12 +24,11 @@ class PushStream:
     """Sends frames, never more bytes than the receiver granted, and never waits longer than `timeout_s` for anything.
 
     Every method raises the receiver's refusal as soon as it is known, PeerUnavailable when the stream breaks and
-    HandoffTimeout when the receiver grants, reads or answers nothing in time. `news` is called when something arrives.
+    HandoffTimeout when the receiver grants, reads or answers nothing in time. `news` is called when something arrives. `call`
+    is of grpcio, or does the same: `write`, iteration over the replies, `cancel`, and errors that are those of grpcio.
     """
 
-    def __init__(
-        self, call: grpc.aio.StreamStreamCall[Any, Any], credit_bytes: int, timeout_s: float, news: Callable[[], object]
-    ) -> None:
+    def __init__(self, call: Any, credit_bytes: int, timeout_s: float, news: Callable[[], object]) -> None:
         self._call = call
         self._credit = credit_bytes
         self._timeout_s = timeout_s
@@ -52,8 +51,8 @@ class PushStream:
         if self._commit is not None:
             raise BadFrame("the receiver committed before the end of the transfer")
 
-    async def send(self, message: bytes, cost_bytes: int = 0) -> None:
-        """Begins to write one message when `cost_bytes` of credit are there and the message before it is written.
+    async def send(self, message: Sequence[bytes | memoryview], cost_bytes: int = 0) -> None:
+        """Begins to write the pieces of one message when `cost_bytes` of credit are there and the message before it is written.
 
         So the caller makes the next one while the transport takes this one. What goes wrong with it is raised by the next call.
         """
@@ -64,7 +63,7 @@ class PushStream:
         self._writing = asyncio.create_task(self._write(message))
         await asyncio.sleep(0)  # the transport has the message before the caller goes on computing
 
-    async def _write(self, message: bytes) -> None:
+    async def _write(self, message: Sequence[bytes | memoryview]) -> None:
         await self._call.write(message)
 
     async def _written(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -35,6 +34,7 @@ from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, S
 from workers.kv_transfer.lifecycle import Lifecycle, SendState, sending
 from workers.kv_transfer.measures import Measures
 from workers.kv_transfer.pool_mappings import offer_of
+from workers.kv_transfer.push_calls import PushCalls, StreamChannels
 from workers.kv_transfer.push_stream import stream_error
 from workers.kv_transfer.stream_feed import Plan, Supply
 from workers.kv_transfer.striping import is_sound, leading_blocks, wanted_streams
@@ -42,8 +42,6 @@ from workers.kv_transfer.striping import is_sound, leading_blocks, wanted_stream
 _OPEN_BACKOFF_S = (0.05, 0.25)
 _CLOSE_TIMEOUT_S = 1.0
 PUSH_METHOD = "/autan.v1.KvTransfer/Push"
-
-StreamChannels = Callable[[int], grpc.aio.Channel]  # the connection to the peer for the stream of this number
 
 
 def _stub(channel: grpc.aio.Channel) -> Any:
@@ -55,16 +53,17 @@ class Handoff:
     """One hand-off. `blocks_ready` and `end` feed it, `run` carries it out; the caller gives the blocks back afterwards.
 
     `run` may be cancelled at any point: nothing is exported after that. `lifecycle` is then not COMMITTED, and the caller
-    aborts it.
+    aborts it. `host` is where the peer may name a port of its own for Push.
     """
 
     push_method = PUSH_METHOD
 
-    def __init__(self, job: HandoffJob, channels: StreamChannels, context: SendContext) -> None:
+    def __init__(self, job: HandoffJob, channels: StreamChannels, context: SendContext, host: str = "") -> None:
         self.job = job
         self.lifecycle: Lifecycle[SendState] = sending()
         self._stub = _stub(channels(0))
         self._channels = channels
+        self._host = host
         self._context = context
         self._scope = DigestScope(fingerprint_key(job.fingerprint), job.request.request_id, job.request.epoch)
         self._supply = Supply()
@@ -147,27 +146,25 @@ class Handoff:
             self._measures.reused = leading_blocks(plan.next_blocks)
         self.lifecycle.move(SendState.STREAMING)
         self._progress()
-        self._running = Attempt(plan, self._supply, self._scope, self._context, self._measures, self._open_call)
-        commit = await self._running.run(self._make_end)
+        calls = PushCalls(self.push_method, self._channels, self._context.dial, self._host)
+        try:
+            await calls.prepare(plan.push_port, plan.streams)
+            self._running = Attempt(plan, self._supply, self._scope, self._context, self._measures, calls.open)
+            commit = await self._running.run(self._make_end)
+        finally:
+            calls.close()
         if commit.epoch != self.job.request.epoch:
             raise StaleEpoch(f"{self.job.request.request_id}: committed at epoch {commit.epoch}")
         return self._committed()
 
-    def _open_call(self, number: int) -> Any:
-        """Begins the Push call of a stream, on a connection of its own. Messages go out as the codec made them."""
-        method: Any = self._channels(number).stream_stream(
-            self.push_method, request_serializer=None, response_deserializer=kv.PushReply.FromString
-        )
-        return method()
-
     def _plan(self, reply: kv.OpenReply, asked: int) -> Plan:
         """Raises BadFrame for an answer that cannot be right."""
         next_blocks = tuple(reply.next_blocks) or (reply.first_block,)
-        in_range = 0 <= reply.first_block <= self.num_blocks and reply.credit_bytes >= 2
+        in_range = 0 <= reply.first_block <= self.num_blocks and reply.credit_bytes >= 2 and reply.push_port < 1 << 16
         if not in_range or not is_sound(next_blocks, asked, reply.first_block, self.num_blocks):
             raise BadFrame(
                 f"the receiver answered first_block {reply.first_block}, next blocks {next_blocks[:16]} of {self.num_blocks} "
-                f"on at most {asked} streams, and {reply.credit_bytes} bytes of credit"
+                f"on at most {asked} streams, {reply.credit_bytes} bytes of credit, and push port {reply.push_port}"
             )
         self._transfer_id = reply.transfer_id
         return Plan(
@@ -178,6 +175,7 @@ class Handoff:
             next_blocks=next_blocks,
             encoding=agreed(reply.encoding, self._offered()),
             mapped=reply.shared_pool.mapped,
+            push_port=reply.push_port,
         )
 
     def _offered(self) -> tuple[Encoding, ...]:

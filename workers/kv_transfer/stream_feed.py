@@ -16,7 +16,7 @@ from workers.kv_transfer.frames import Batch
 from workers.kv_transfer.handoff_job import Ending, SendContext
 from workers.kv_transfer.kv_source import KvSource
 from workers.kv_transfer.measures import Measures
-from workers.kv_transfer.push_codec import encode_data, encode_other
+from workers.kv_transfer.push_codec import data_pieces, encode_other
 from workers.kv_transfer.push_stream import PushStream
 from workers.kv_transfer.striping import count_between
 
@@ -43,6 +43,7 @@ class Plan:
     next_blocks: tuple[int, ...]
     encoding: Encoding = Encoding.NONE
     mapped: bool = False  # the receiver reads the shared pool: frames may name bytes of it
+    push_port: int = 0  # of the receiver's host, where Push is served as well
 
     @property
     def streams(self) -> int:
@@ -107,7 +108,7 @@ class StreamFeed:
     async def end(self, end: kv.EndFrame) -> kv.Commit:
         """Sends the end and waits for the commit. Raises what PushStream raises."""
         stream = self.open()
-        await stream.send(encode_other(self._plan.transfer_id, self._plan.epoch, end, self._number))
+        await stream.send([encode_other(self._plan.transfer_id, self._plan.epoch, end, self._number)])
         return await stream.commit()
 
     async def until_over(self) -> None:
@@ -145,7 +146,7 @@ class StreamFeed:
         frames, completed = self._batch.take()
         size = sum(frame.size_bytes for frame in frames)
         plan, counters = self._plan, self._context.counters
-        await self.open().send(encode_data(plan.transfer_id, plan.epoch, frames, self._number), size)
+        await self.open().send(data_pieces(plan.transfer_id, plan.epoch, frames, self._number), size)
         self._measures.bytes += size
         counters.kv_bytes_sent += size
         counters.kv_bytes_mapped += sum(frame.pool_bytes for frame in frames)
@@ -162,7 +163,7 @@ class StreamFeed:
                 await self._supply.bell.wait()
         except TimeoutError:
             if self._stream is not None and self._context.engine_alive():
-                await self._stream.send(encode_other(self._plan.transfer_id, self._plan.epoch, stream=self._number))
+                await self._stream.send([encode_other(self._plan.transfer_id, self._plan.epoch, stream=self._number)])
                 self._progress()
 
     def _progress(self) -> None:

@@ -36,6 +36,7 @@ from workers.service.prefill_speed import PrefillSpeed
 from workers.service.prefix_exchange import PrefixExchange
 from workers.service.prefix_fetch import PrefixFetches
 from workers.service.prefix_lending import Lendings
+from workers.service.push_wire import PushDialer
 from workers.service.retrying import while_store_is_away
 from workers.service.store import WorkerStore
 from workers.service.wire import Wire
@@ -213,6 +214,7 @@ def _handoffs(base: Base, ledger: Ledger, counters: TransferCounters) -> tuple[H
         open_patience_s=timing.kv_lease_s,
         compression=base.spec.network.kv_compression,
         segment=lambda: thread.memory.segment,
+        dial=PushDialer() if base.spec.network.tls is None else None,
         engine_alive=lambda: thread.stalled_s() < timing.progress_timeout_s,
         reach=base.failpoints.reach,
         on_progress=on_progress,

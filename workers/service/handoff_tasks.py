@@ -17,10 +17,12 @@ from protos.wire import common
 from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, SendContext
 from workers.kv_transfer.ledger import Entry, Key, Ledger, Side
 from workers.kv_transfer.lifecycle import SendState
-from workers.kv_transfer.sender import Handoff, StreamChannels, is_fence
+from workers.kv_transfer.push_calls import StreamChannels
+from workers.kv_transfer.sender import Handoff, is_fence
 from workers.service.assignments import Assignment
 from workers.service.engine_thread import EngineThread
 from workers.service.membership import Membership
+from workers.service.push_wire import host_of
 from workers.service.task_set import TaskSet
 
 _MAX_PEERS = 64
@@ -87,7 +89,8 @@ class HandoffTasks:
             fingerprint=fingerprint,
             capability=assignment.capability,
         )
-        handoff = Handoff(job, self.channels(assignment.peer_address), self._context)
+        address = assignment.peer_address
+        handoff = Handoff(job, self.channels(address), self._context, host_of(address))
         running = _Running(assignment.peer_address, handoff, asyncio.create_task(handoff.run()))
         self._running[_key(assignment)] = running
         self._tasks.spawn(self._carry(assignment, running, outcomes))

@@ -21,6 +21,7 @@ from protos.wire import common, worker
 from workers.engine_api.group import GroupDoor
 from workers.engine_api.protocol import Engine
 from workers.kv_transfer.authority import Authority
+from workers.kv_wire.push_server import PushServer
 from workers.service.assembly import Assembly, Base, assemble
 from workers.service.build import build_head, build_share
 from workers.service.engine_thread import EngineThread, StepEvent
@@ -31,6 +32,7 @@ from workers.service.inbox import Inbox, InboxContext
 from workers.service.lifecycle import BROKEN_CODES, ExitCode, InstanceState
 from workers.service.loading import Loading
 from workers.service.membership import Membership
+from workers.service.push_wire import serve_push
 from workers.service.rank_share import ShareThread
 from workers.service.renewals import RenewalContext, Renewals
 from workers.service.servicers import Health, WorkerService, add_kv_transfers
@@ -67,6 +69,7 @@ class WorkerHost:
         self._ended: asyncio.Future[ExitCode] | None = None
         self._stopping = False
         self._server: Any = None
+        self.push: PushServer | None = None  # from the start on, unless there is TLS
         self._wire: Wire | None = None
         self._parts: Assembly | None = None
         self._inbox: Inbox | None = None
@@ -215,7 +218,8 @@ class WorkerHost:
         self._server = self.wire.server()
         add_worker: Any = worker_pb2_grpc.add_WorkerServicer_to_server
         parts = self.parts
-        add_kv_transfers(parts.receiver, parts.prefixes.receiver, self._server)
+        self.push = serve_push(self.spec, parts.receiver, parts.prefixes.receiver, host)
+        add_kv_transfers(parts.receiver, parts.prefixes.receiver, self._server, 0 if self.push is None else self.push.port)
         add_worker(WorkerService(self.status, self._group, parts.audit, parts.diagnosis, parts.prefixes.feed), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
         self.address = self.wire.listen(self._server, host)
@@ -369,6 +373,8 @@ class WorkerHost:
                 await self._store.deregister(self.me.instance_id, self.me.incarnation)
         if self.me.lifecycle.may(InstanceState.STOPPED):
             self.me.lifecycle.move(InstanceState.STOPPED)
+        if self.push is not None:
+            await self.push.close()
         if self._server is not None:
             await self._server.stop(_SERVER_GRACE_S)
         await self._thread.stop(patience_s)

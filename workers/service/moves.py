@@ -26,11 +26,13 @@ from workers.engine_api.types import EngineRequest, TokenOut
 from workers.kv_transfer.handoff_job import Ending, HandoffJob, HandoffResult, SendContext
 from workers.kv_transfer.ledger import Entry, Key, Ledger, Side
 from workers.kv_transfer.lifecycle import Lifecycle, SendState
-from workers.kv_transfer.sender import Handoff, StreamChannels
+from workers.kv_transfer.push_calls import StreamChannels
+from workers.kv_transfer.sender import Handoff
 from workers.service.assignments import Assignment, Stage
 from workers.service.engine_thread import EngineThread
 from workers.service.membership import Membership
 from workers.service.outbox import Outbox
+from workers.service.push_wire import host_of
 from workers.service.request_spec import journal_of
 from workers.service.store import InboxEntry, WorkerStore
 from workers.service.task_set import TaskSet
@@ -188,7 +190,8 @@ class Moves:
             source_epoch=assignment.epoch,
             is_exact=assignment.is_exact,
         )
-        return _Move(assignment, known, Handoff(job, self._channels(entry.peer_address), self._context))
+        address = entry.peer_address
+        return _Move(assignment, known, Handoff(job, self._channels(address), self._context, host_of(address)))
 
     async def _carry(self, move: _Move) -> None:
         request_id, epoch = move.assignment.request_id, move.assignment.epoch

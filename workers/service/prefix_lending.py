@@ -27,9 +27,10 @@ from workers.kv_transfer.handoff_job import Ending, SendContext
 from workers.kv_transfer.ledger import Entry, Key, Ledger, Side
 from workers.kv_transfer.lifecycle import SendState
 from workers.kv_transfer.prefix_push import PrefixJob, PrefixPush
-from workers.kv_transfer.sender import StreamChannels
+from workers.kv_transfer.push_calls import StreamChannels
 from workers.service.engine_thread import EngineThread
 from workers.service.membership import Membership
+from workers.service.push_wire import host_of
 from workers.service.request_spec import engine_request
 from workers.service.store import InboxEntry
 from workers.service.task_set import TaskSet
@@ -185,7 +186,7 @@ class Lendings:
             capability=entry.capability,
             blocks=blocks,
         )
-        return PrefixPush(job, self._channels(entry.peer_address), self._context)
+        return PrefixPush(job, self._channels(entry.peer_address), self._context, host_of(entry.peer_address))
 
     def _note(self, key: Key, push: PrefixPush) -> None:
         self._ledger.open(

@@ -24,11 +24,15 @@ _SERVICES = ("", "autan.v1.Worker", "autan.v1.KvTransfer", "autan.v1.PrefixTrans
 class KvTransferService(kv_pb2_grpc.KvTransferServicer):  # type: ignore[misc, unused-ignore]
     """autan.v1.KvTransfer over a receiver."""
 
-    def __init__(self, receiver: Receiver) -> None:
+    def __init__(self, receiver: Receiver, push_port: int = 0) -> None:
         self._receiver = receiver
+        self._push_port = push_port
 
     async def Open(self, request: kv.OpenRequest, context: Any) -> kv.OpenReply:
-        return await self._receiver.open(request)
+        reply = await self._receiver.open(request)
+        if reply.transfer_id:
+            reply.push_port = self._push_port
+        return reply
 
     async def Push(self, request_iterator: AsyncIterator[PushMessage], context: Any) -> AsyncIterator[kv.PushReply]:
         async for reply in self._receiver.push(request_iterator):
@@ -39,10 +43,11 @@ class KvTransferService(kv_pb2_grpc.KvTransferServicer):  # type: ignore[misc, u
         return kv.CloseReply()
 
 
-def add_kv_transfers(handoffs: Receiver, prefixes: Receiver, server: grpc.aio.Server) -> None:
-    """Registers autan.v1.KvTransfer and autan.v1.PrefixTransfer, which differ in what is received."""
-    add_kv_transfer(KvTransferService(handoffs), server)
-    add_kv_transfer(KvTransferService(prefixes), server, "autan.v1.PrefixTransfer")
+def add_kv_transfers(handoffs: Receiver, prefixes: Receiver, server: grpc.aio.Server, push_port: int = 0) -> None:
+    """Registers autan.v1.KvTransfer and autan.v1.PrefixTransfer, which differ in what is received. Opens name the port on which
+    Push is served as well, if it is."""
+    add_kv_transfer(KvTransferService(handoffs, push_port), server)
+    add_kv_transfer(KvTransferService(prefixes, push_port), server, "autan.v1.PrefixTransfer")
 
 
 def add_kv_transfer(service: KvTransferService, server: grpc.aio.Server, name: str = "autan.v1.KvTransfer") -> None:

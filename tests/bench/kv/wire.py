@@ -2,8 +2,8 @@
 
 `python -m tests.bench.kv.wire [BLOCK_KIB BLOCKS FRAME_KIB STREAMS [ROUNDS]]` prints one JSON line: GB/s from the first
 open to the commit, CPU seconds per GB of both sides, and the GB/s of a raw socket; medians of rounds that alternate. Integrity
-is on. `shared` or `tls` before the numbers takes that way instead of plain TCP. A first hand-off of at most 32 MB is not
-measured: in a worker, messages use memory that earlier ones have used, and pools are mapped once.
+is on. `grpc`, `shared` or `tls` before the numbers takes that way instead of the port for Push. A first hand-off of at most
+32 MB is not measured: in a worker, messages use memory that earlier ones have used, and pools are mapped once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import grpc.aio
 from orchestrator.cli.lab_ca import LabCa
 from protos.certificates import TlsFiles
 from protos.contract.identity import PeerGate, PeerIdentity, PeerRole
-from protos.rpc import Dialer, GuardInterceptor, server_options
+from protos.rpc import DEFAULT_MESSAGE_BYTES, Dialer, GuardInterceptor, server_options
 from protos.tls import Certificates
 from protos.wire import common
 from tests.bench.kv import raw_socket
@@ -39,6 +39,7 @@ from workers.kv_transfer.ledger import Ledger
 from workers.kv_transfer.memory import keep_freed_memory
 from workers.kv_transfer.receiver import Receiver
 from workers.kv_transfer.sender import Handoff
+from workers.service.push_wire import PushDialer, push_server
 from workers.service.servicers import KvTransferService, add_kv_transfer
 
 _WORKER = PeerIdentity("bench", PeerRole.WORKER)
@@ -53,6 +54,7 @@ class Way(StrEnum):
     """How the bytes travel."""
 
     TCP = "tcp"
+    GRPC = "grpc"  # plain TCP, by grpcio
     TLS = "tls"
     SHARED = "shared"
 
@@ -89,7 +91,8 @@ async def receive(block_kib: int, blocks: int, tls_dir: str, shared: bool) -> No
     receiver = Receiver(port=pool, hooks=hooks, ledger=ledger, counters=TransferCounters(), limits=limits)
     gate = PeerGate(_WORKER.cluster) if certificates else None
     server = grpc.aio.server(interceptors=[GuardInterceptor(gate=gate)], options=server_options())
-    add_kv_transfer(KvTransferService(receiver), server)
+    pushes = push_server(receiver, receiver, DEFAULT_MESSAGE_BYTES, 10.0)
+    add_kv_transfer(KvTransferService(receiver, 0 if certificates else pushes.listen("127.0.0.1")), server)
     at = "127.0.0.1:0"
     print(
         server.add_secure_port(at, certificates.server_credentials()) if certificates else server.add_insecure_port(at),
@@ -104,6 +107,7 @@ async def receive(block_kib: int, blocks: int, tls_dir: str, shared: bool) -> No
     assert not hooks.errors, hooks.errors
     assert pool.bytes == bytearray(_CONTENT) * (len(pool.bytes) // len(_CONTENT))
     print(used_s, flush=True)
+    await pushes.close()
     await server.stop(0)
 
 
@@ -114,7 +118,7 @@ def _requests(block_kib: int, blocks: int, shared: bool) -> tuple[EngineRequest,
 
 
 async def send(
-    port: int, block_kib: int, blocks: int, frame_kib: int, streams: int, begin: Callable[[], None], tls_dir: str, shared: bool
+    port: int, block_kib: int, blocks: int, frame_kib: int, streams: int, begin: Callable[[], None], tls_dir: str, way: Way
 ) -> tuple[float, float, int]:
     """Hands all blocks over. Seconds, CPU seconds of this side, bytes. `begin` tells the receiver that it is measured now."""
 
@@ -123,12 +127,13 @@ async def send(
 
     async def reach(point: str) -> None: ...
 
+    shared = way is Way.SHARED
     pool, counters = MemoryPool(layout_of(block_kib), blocks, _CONTENT, shared=shared), TransferCounters()
     context = SendContext(
         port=pool, holder_of=holder_of, counters=counters, segment=lambda: pool.memory.segment,
         frame_bytes=frame_kib * 1024, streams=streams, stream_bytes=1024, progress_timeout_s=10.0, open_patience_s=5.0,
         engine_alive=lambda: True, reach=reach,
-        on_progress=lambda request_id, epoch: None,
+        on_progress=lambda request_id, epoch: None, dial=None if way is Way.GRPC else PushDialer(),
     )  # fmt: skip
     certificates = _certificates(tls_dir)
     dialer = Dialer(trust=certificates.trust(_WORKER) if certificates else None)
@@ -149,7 +154,7 @@ async def _hand_over(request: EngineRequest, channels: list[grpc.aio.Channel], c
         request=request, source_instance="p", source_incarnation=1, target_instance="d", target_incarnation=1,
         fingerprint=FINGERPRINT,
     )  # fmt: skip
-    handoff = Handoff(job, channels.__getitem__, context)
+    handoff = Handoff(job, channels.__getitem__, context, "127.0.0.1")
     ending = Ending(
         next_token_ids=(1,), first_output_index=0, timeline=common.Timeline(), prefill_ended_s=time.monotonic()
     )  # fmt: skip
@@ -173,10 +178,10 @@ def measure(block_kib: int, blocks: int, frame_kib: int, streams: int, way: Way 
     """One hand-off between two processes. As in a worker, freed memory is kept."""
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as directory:
-        return _measure(block_kib, blocks, frame_kib, streams, directory if way is Way.TLS else "", way is Way.SHARED)
+        return _measure(block_kib, blocks, frame_kib, streams, directory if way is Way.TLS else "", way)
 
 
-def _measure(block_kib: int, blocks: int, frame_kib: int, streams: int, tls_dir: str, shared: bool) -> dict[str, float]:
+def _measure(block_kib: int, blocks: int, frame_kib: int, streams: int, tls_dir: str, way: Way) -> dict[str, float]:
     _certificates(tls_dir)
     command = [
         sys.executable,
@@ -186,7 +191,7 @@ def _measure(block_kib: int, blocks: int, frame_kib: int, streams: int, tls_dir:
         str(block_kib),
         str(blocks),
         tls_dir,
-        "1" if shared else "",
+        "1" if way is Way.SHARED else "",
     ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None and child.stdout is not None
@@ -198,7 +203,7 @@ def _measure(block_kib: int, blocks: int, frame_kib: int, streams: int, tls_dir:
             inward.flush()
             outward.readline()
 
-        elapsed_s, sent_s, size = asyncio.run(send(port, block_kib, blocks, frame_kib, streams, begin, tls_dir, shared))
+        elapsed_s, sent_s, size = asyncio.run(send(port, block_kib, blocks, frame_kib, streams, begin, tls_dir, way))
         child.stdin.close()
         received_s = float(child.stdout.readline())
     gigabytes = size / 1e9

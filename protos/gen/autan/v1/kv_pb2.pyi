@@ -94,20 +94,22 @@ class KvOffer(_message.Message):
     def __init__(self, encodings: _Optional[_Iterable[_Union[KvEncoding, str]]] = ..., inexact: _Optional[bool] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("transfer_id", "credit_bytes", "first_block", "encoding", "next_blocks", "shared_pool")
+    __slots__ = ("transfer_id", "credit_bytes", "first_block", "encoding", "next_blocks", "shared_pool", "push_port")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     NEXT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SHARED_POOL_FIELD_NUMBER: _ClassVar[int]
+    PUSH_PORT_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     credit_bytes: int
     first_block: int
     encoding: KvEncoding
     next_blocks: _containers.RepeatedScalarFieldContainer[int]
     shared_pool: SharedPoolAnswer
-    def __init__(self, transfer_id: _Optional[str] = ..., credit_bytes: _Optional[int] = ..., first_block: _Optional[int] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ..., next_blocks: _Optional[_Iterable[int]] = ..., shared_pool: _Optional[_Union[SharedPoolAnswer, _Mapping]] = ...) -> None: ...
+    push_port: int
+    def __init__(self, transfer_id: _Optional[str] = ..., credit_bytes: _Optional[int] = ..., first_block: _Optional[int] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ..., next_blocks: _Optional[_Iterable[int]] = ..., shared_pool: _Optional[_Union[SharedPoolAnswer, _Mapping]] = ..., push_port: _Optional[int] = ...) -> None: ...
 
 class PushFrame(_message.Message):
     __slots__ = ("transfer_id", "epoch", "data", "end", "more", "stream")

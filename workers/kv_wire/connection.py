@@ -1,0 +1,395 @@
+"""One HTTP/2 connection that carries one call at a time: the socket, the windows of both directions, the frames in between.
+
+    OPEN -> LOST    the peer hung up, broke the protocol, or this side closed; whoever waits hears ConnectionLost
+
+It reads while no message waits to be taken, so a peer that is ahead is held back by TCP itself. Windows are as large as HTTP/2
+allows and given back now and then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+
+from workers.kv_wire.h2_frames import (
+    ACK,
+    END_STREAM,
+    LARGEST_FRAME_BYTES,
+    LARGEST_WINDOW_BYTES,
+    Code,
+    FrameHead,
+    Kind,
+    WireFault,
+    frame,
+    goaway,
+    greeting,
+    head,
+    read_number,
+    read_settings,
+    window_update,
+)
+from workers.kv_wire.header_blocks import MOST_LIST_BYTES, HeaderReader, Headers, HeaderWriter
+from workers.kv_wire.message_reader import CallFault, MessageReader
+from workers.kv_wire.peer_limits import IdleBudget, PeerLimits
+from workers.kv_wire.pieces import Piece, cut, drop
+
+logger = logging.getLogger(__name__)
+
+_READS_PER_TURN = 4  # of the event loop
+_RETURN_BYTES = 64 * 1024 * 1024  # of window, in one update
+_MOST_QUEUED_BYTES = 64 * 1024  # answers to a peer that reads none of them
+
+
+class ConnectionLost(Exception):
+    """The connection is over; the text says why."""
+
+
+class Connection:
+    """Both sides of it. What differs is in `headers_came`, `stream_reset` and `call_failed`."""
+
+    def __init__(self, sock: socket.socket, most_message_bytes: int, *, is_client: bool) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock, self._fd = sock, sock.fileno()
+        self._loop = asyncio.get_running_loop()
+        self._reader = MessageReader(self, most_message_bytes, LARGEST_FRAME_BYTES, expects_preface=not is_client)
+        self._headers_in, self._headers_out = HeaderReader(), HeaderWriter()
+        self._queued = bytearray()  # control frames that wait for the end of the frame that is being written
+        self._is_writing = False
+        self._is_reading = False
+        self._writable: asyncio.Future[None] | None = None
+        self._news = asyncio.Event()
+        self._lost: str | None = None
+        self._owed_bytes = 0  # of window
+        self._idle = IdleBudget(self._loop.time())
+        self._peer = PeerLimits()
+        self._has_settings = False
+        self.stream = 0  # of the call that runs; none: 0
+        self._has_ended = False  # the peer sends no more on it
+        self._is_deaf = False  # the peer takes no more on it
+        self._held: memoryview | None = None
+        self._begin(is_client)
+
+    # -- what the two sides do ------------------------------------------------------------------------------------------
+
+    def headers_came(self, stream: int, headers: Headers, *, is_end: bool) -> None:
+        """A header list of any stream. May raise WireFault."""
+        raise NotImplementedError
+
+    def stream_reset(self, stream: int, code: int) -> None:
+        """The peer ended a stream."""
+        raise NotImplementedError
+
+    def call_failed(self, fault: CallFault) -> None:
+        """What came on the stream is no message that is taken here."""
+        raise NotImplementedError
+
+    def was_lost(self) -> None:
+        """The connection is over, once."""
+
+    # -- state ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_lost(self) -> bool:
+        """True when nothing comes or goes any more."""
+        return self._lost is not None
+
+    def begin_call(self, stream: int) -> None:
+        """From now on DATA of this stream is the call's."""
+        self.stream, self._has_ended, self._is_deaf = stream, False, False
+        self._peer.begin_call()
+
+    def end_call(self) -> None:
+        """What still comes of the call is passed over."""
+        self.stream, self._held = 0, None
+        self._reader.drop_call()
+        self._read_on()
+
+    def close(self, why: str) -> None:
+        """Ends the connection at once. Idempotent; nothing is read from any message that was being written."""
+        if self._lost is not None:
+            return
+        self._lost = why
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+        self._sock.close()
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._news.set()
+        self.was_lost()
+
+    async def settled(self) -> None:
+        """Returns when the peer has said what it takes. Raises ConnectionLost."""
+        while not self._has_settings:
+            await self._changed()
+
+    # -- in -------------------------------------------------------------------------------------------------------------
+
+    async def next_message(self) -> memoryview | None:
+        """The next message of the call, none after its last one. It is valid until this is called again.
+
+        Raises ConnectionLost.
+        """
+        if self._held is not None:
+            self._reader.give_back(self._held)
+            self._held = None
+            self._read_on()
+        while not self._reader.has_message:
+            if self._has_ended:
+                return None
+            await self._changed()
+        self._held = self._reader.take()
+        self._idle.message()
+        self._read_on()
+        return self._held
+
+    def data_begins(self, head: FrameHead) -> bool:
+        """See FrameHandler."""
+        self._check_order(head)
+        if not head.size_bytes:
+            self._count_idle()
+        self._owed_bytes += head.size_bytes
+        if self._owed_bytes >= _RETURN_BYTES:
+            self._queue(
+                window_update(self._owed_bytes) + (window_update(self._owed_bytes, self.stream) if self.stream else b"")
+            )
+            self._owed_bytes = 0
+        if head.stream == 0 or self._is_unknown(head.stream):
+            raise WireFault(Code.PROTOCOL_ERROR, f"DATA of stream {head.stream}, which was never begun")
+        return head.stream == self.stream and not self._has_ended
+
+    def data_ended(self, head: FrameHead) -> None:
+        """See FrameHandler."""
+        if head.flags & END_STREAM and head.stream == self.stream:
+            self.peer_ended()
+
+    def peer_ended(self) -> None:
+        """The peer sends nothing more on the call."""
+        self._has_ended = True
+        self._news.set()
+
+    def peer_is_deaf(self) -> None:
+        """The peer sends nothing more on the call, and takes nothing more."""
+        self._is_deaf = True
+        self.peer_ended()
+
+    def control(self, head: FrameHead, payload: memoryview) -> None:
+        """See FrameHandler."""
+        self._check_order(head)
+        if head.kind in (Kind.HEADERS, Kind.CONTINUATION):
+            self._count_idle()
+            whole = self._headers_in.take(head, payload)
+            if whole is not None:
+                first, headers = whole
+                self.headers_came(first.stream, headers, is_end=bool(first.flags & END_STREAM))
+        elif head.kind == Kind.WINDOW_UPDATE:
+            self._widen(head, payload)
+        elif head.kind == Kind.GOAWAY:
+            pass  # the call that runs may end; the peer closes then
+        else:
+            self._count_idle()
+            self._other(head, payload)
+
+    def _other(self, head: FrameHead, payload: memoryview) -> None:
+        if head.kind == Kind.SETTINGS:
+            self._apply(head, payload)
+        elif head.kind == Kind.PING:
+            if len(payload) != 8 or head.stream:
+                raise WireFault(Code.FRAME_SIZE_ERROR, f"PING of {len(payload)} bytes on stream {head.stream}")
+            if not head.flags & ACK:
+                self._queue(frame(Kind.PING, bytes(payload), ACK))
+        elif head.kind == Kind.RST_STREAM:
+            if len(payload) != 4 or head.stream == 0 or self._is_unknown(head.stream):
+                raise WireFault(Code.PROTOCOL_ERROR, f"RST_STREAM of {len(payload)} bytes on stream {head.stream}")
+            self.stream_reset(head.stream, read_number(payload))
+        elif head.kind == Kind.PUSH_PROMISE:
+            raise WireFault(Code.PROTOCOL_ERROR, "PUSH_PROMISE was ruled out")
+
+    def _is_unknown(self, stream: int) -> bool:
+        """True for a stream that nobody has begun."""
+        raise NotImplementedError
+
+    def _check_order(self, head: FrameHead) -> None:
+        if not self._has_settings and head.kind != Kind.SETTINGS:
+            raise WireFault(Code.PROTOCOL_ERROR, "the first frame must be SETTINGS")
+        if self._headers_in.is_open and head.kind != Kind.CONTINUATION:
+            raise WireFault(Code.PROTOCOL_ERROR, "a frame in the middle of a header block")
+
+    def _count_idle(self) -> None:
+        self._idle.spend(self._loop.time())
+
+    def _apply(self, head: FrameHead, payload: memoryview) -> None:
+        if head.stream:
+            raise WireFault(Code.PROTOCOL_ERROR, "SETTINGS of a stream")
+        if head.flags & ACK:
+            if payload:
+                raise WireFault(Code.FRAME_SIZE_ERROR, "an acknowledgement of SETTINGS with settings")
+            return
+        found = read_settings(payload)
+        self._peer.apply(found)
+        self._has_settings = True
+        self._queue(frame(Kind.SETTINGS, flags=ACK))
+        self._news.set()
+
+    def _widen(self, head: FrameHead, payload: memoryview) -> None:
+        size = read_number(payload) & LARGEST_WINDOW_BYTES
+        if len(payload) != 4 or not size:
+            raise WireFault(Code.PROTOCOL_ERROR, "WINDOW_UPDATE by nothing")
+        if head.stream in (0, self.stream):
+            self._peer.widen(size, is_stream=head.stream != 0)
+        elif self._is_unknown(head.stream):
+            raise WireFault(Code.PROTOCOL_ERROR, f"WINDOW_UPDATE of stream {head.stream}, which was never begun")
+        self._news.set()
+
+    # -- out ------------------------------------------------------------------------------------------------------------
+
+    async def send_headers(self, headers: Sequence[tuple[str, str]], *, is_end: bool = False) -> None:
+        """One header list of the call. Raises ConnectionLost."""
+        await self._write([self._headers_out.frame(self.stream, headers, END_STREAM if is_end else 0)])
+
+    async def send_data(self, pieces: Sequence[Piece]) -> None:
+        """Hands these bytes to the kernel, in as few frames as the peer takes. Raises ConnectionLost; cancelled in the middle
+        of a frame it ends the connection."""
+        rest = [memoryview(piece) for piece in pieces if len(piece)]
+        left, stream = sum(len(piece) for piece in rest), self.stream
+        while left:
+            if self._is_deaf:
+                raise ConnectionLost("the peer has ended the call")
+            size = min(left, self._peer.room_bytes)
+            if size <= 0:
+                await self._changed()
+                continue
+            part, rest = cut(rest, size)
+            self._peer.spend(size)
+            left -= size
+            await self._write([head(size, Kind.DATA, stream=stream), *part])
+
+    async def end_data(self) -> None:
+        """Nothing more comes on the call from here. Raises ConnectionLost."""
+        await self._write([head(0, Kind.DATA, END_STREAM, self.stream)])
+
+    async def _write(self, pieces: list[Piece]) -> None:
+        while self._is_writing and self._lost is None:
+            await self._changed()
+        self._is_writing = True
+        rest: list[Piece] = pieces
+        if self._queued:
+            rest = [bytes(self._queued), *pieces]
+            self._queued.clear()
+        try:
+            while rest:
+                if self._lost is not None:
+                    raise ConnectionLost(self._lost)
+                try:
+                    sent = self._sock.sendmsg(rest)
+                except (BlockingIOError, InterruptedError):
+                    await self._until_writable()
+                    continue
+                except OSError as error:
+                    self.close(f"the connection broke: {error}")
+                    continue
+                rest = drop(rest, sent)
+        finally:
+            self._is_writing = False
+            if rest:
+                self.close("cut in the middle of a frame")
+        self._news.set()
+        if self._queued:
+            self._flush()
+
+    async def _until_writable(self) -> None:
+        self._writable = self._loop.create_future()
+        writable = self._writable
+        self._loop.add_writer(self._fd, lambda: None if writable.done() else writable.set_result(None))
+        try:
+            await writable
+        finally:
+            self._writable = None
+            if self._lost is None:
+                self._loop.remove_writer(self._fd)
+
+    def _queue(self, control: bytes) -> None:
+        self._queued += control
+        if len(self._queued) > _MOST_QUEUED_BYTES:
+            raise WireFault(Code.ENHANCE_YOUR_CALM, "the peer asks and does not read the answers")
+
+    def _flush(self) -> None:
+        """Writes control frames as far as the socket takes them now; the rest goes with what is written next, or read next."""
+        if self._is_writing or not self._queued or self._lost is not None:
+            return
+        try:
+            sent = self._sock.send(self._queued)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(f"the connection broke: {error}")
+            return
+        del self._queued[:sent]
+
+    # -- the socket -----------------------------------------------------------------------------------------------------
+
+    def _begin(self, is_client: bool) -> None:
+        self._queued += greeting(MOST_LIST_BYTES, is_client=is_client)
+        self._flush()
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Reads again, beginning with what is here already."""
+        if self._lost is not None:
+            return
+        try:
+            self._reader.parse()
+        except WireFault as fault:
+            self._refuse(fault)
+            return
+        self._watch()
+        self._flush()
+
+    def _watch(self) -> None:
+        if not self._is_reading and not self._reader.has_message and self._lost is None:
+            self._loop.add_reader(self._fd, self._on_readable)
+            self._is_reading = True
+
+    def _on_readable(self) -> None:
+        if self._reader.has_message:  # which is not taken yet: mostly it is before more bytes come
+            self._loop.remove_reader(self._fd)
+            self._is_reading = False
+            return
+        try:
+            for _ in range(_READS_PER_TURN):
+                if self._reader.has_message or self._lost is not None:
+                    break
+                buffer = self._reader.buffer()
+                count = self._sock.recv_into(buffer)
+                if not count:
+                    self.close("the peer hung up")
+                    return
+                self._reader.filled(count)
+                if count < len(buffer):
+                    break
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            self.close(f"the connection broke: {error}")
+            return
+        except WireFault as fault:
+            self._refuse(fault)
+            return
+        if self._reader.has_message:
+            self._news.set()
+        self._flush()
+
+    def _refuse(self, fault: WireFault) -> None:
+        logger.warning("a connection of the KV wire ends: %s: %s", fault.code.name, fault)
+        if not self._is_writing:
+            self._queued += goaway(0, fault)
+            self._flush()
+        self.close(f"{fault.code.name}: {fault}")
+
+    async def _changed(self) -> None:
+        if self._lost is not None:
+            raise ConnectionLost(self._lost)
+        self._news.clear()
+        await self._news.wait()
