@@ -9,12 +9,14 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from protos.contract.errors import HandoffTimeout, PeerUnavailable
+from protos.contract.errors import FenceError, HandoffTimeout, PeerUnavailable
 from protos.wire import kv
 from workers.kv_transfer.digest import DigestScope
 from workers.kv_transfer.handoff_job import SendContext
 from workers.kv_transfer.measures import Measures
 from workers.kv_transfer.stream_feed import Plan, StreamFeed, Supply
+
+_REASON_S = 1.0  # for the reason to come on the stream that it is about
 
 
 class Attempt:
@@ -57,8 +59,8 @@ class Attempt:
         main = asyncio.create_task(self._main(make_end))
         tasks: list[asyncio.Task[Any]] = [main, *(asyncio.create_task(self._side(feed)) for feed in self._feeds[1:])]
         try:
-            await _until_done_or_failed(main, tasks)
-            error = _first_reason(tasks)
+            await until_settled(main, tasks, _REASON_S)
+            error = first_reason(tasks)
             if error is not None:
                 raise error
             return main.result()
@@ -87,16 +89,29 @@ class Attempt:
         await feed.until_over()
 
 
-async def _until_done_or_failed(main: asyncio.Task[Any], tasks: list[asyncio.Task[Any]]) -> None:
+async def until_settled(main: asyncio.Task[Any], tasks: list[asyncio.Task[Any]], reason_s: float) -> None:
+    """Returns when `main` is done, or one of the tasks has failed.
+
+    A stream that comes just after its transfer ended hears that the transfer is not there, as one that is overtaken does. Why
+    it ended another stream hears, so that a fence alone is believed after `reason_s` only, or when no stream is left.
+    """
     while not main.done() and all(_error_of(task) is None for task in tasks):
         await asyncio.wait([task for task in tasks if not task.done()], return_when=asyncio.FIRST_COMPLETED)
+    loop = asyncio.get_running_loop()
+    give_up_s = loop.time() + reason_s
+    while isinstance(first_reason(tasks), FenceError) and loop.time() < give_up_s:
+        running = [task for task in tasks if not task.done()]
+        if not running:
+            return
+        await asyncio.wait(running, timeout=give_up_s - loop.time(), return_when=asyncio.FIRST_COMPLETED)
 
 
-def _first_reason(tasks: list[asyncio.Task[Any]]) -> BaseException | None:
-    """What went wrong. A refusal explains the streams that broke with it, so it goes first."""
+def first_reason(tasks: list[asyncio.Task[Any]]) -> BaseException | None:
+    """What went wrong: a refusal explains the streams that broke with it, and any other refusal explains a fence."""
     errors = [error for task in tasks if (error := _error_of(task)) is not None]
     told = [error for error in errors if not isinstance(error, (PeerUnavailable, HandoffTimeout))]
-    return next(iter(told or errors), None)
+    reasons = [error for error in told if not isinstance(error, FenceError)]
+    return next(iter(reasons or told or errors), None)
 
 
 def _error_of(task: asyncio.Task[Any]) -> BaseException | None:
