@@ -125,6 +125,7 @@ class Commitments:
             await self._returns.abort(transfer, failure)
             raise failure from error
         transfer.lifecycle.move(ReceiveState.COMMITTED)
+        transfer.pool = None
         self._authority.spend(request_id, epoch)
         self._ledger.release(transfer.key)
         transfer.touched_s = time.monotonic()

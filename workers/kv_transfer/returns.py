@@ -72,6 +72,7 @@ class Returns:
         if transfer.lifecycle.ended:
             return
         transfer.lifecycle.move(ReceiveState.ABORTED)
+        transfer.pool = None  # errors that refer to the transfer would keep the mapping
         transfer.ended_by = error
         transfer.wake()
         self._returning[transfer.request_id] = self._tasks.spawn(self._returned(transfer, self._drop(transfer)))
