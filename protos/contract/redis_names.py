@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 
 LIBRARY = "autan_v1"
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Fn(StrEnum):

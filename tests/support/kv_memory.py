@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from asyncio import Future
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from protos.contract.errors import AutanError
 from protos.wire import common
 from workers.engine_api.pool_memory import PoolMemory
-from workers.engine_api.types import EngineRequest, ImportTicket, KvLayout, SamplingParams
+from workers.engine_api.types import EngineRequest, ImportTicket, KvLayout, KvPlace, SamplingParams
 from workers.kv_transfer.claims import Addressee, Expectation
 from workers.kv_transfer.hooks import Arrived
 
@@ -69,6 +70,21 @@ class MemoryPool:
         written = self.bytes[start : start + data.nbytes]
         np.frombuffer(written, dtype=np.uint8)[:] = np.frombuffer(data, dtype=np.uint8)
         return written.toreadonly()
+
+    def import_room(self, places: tuple[KvPlace, ...]) -> OpenRoom | None:
+        return OpenRoom(
+            [self.bytes[(at := self._start(p.block_id, p.group) + p.offset_bytes) : at + p.size_bytes] for p in places]
+        )
+
+
+@dataclass(frozen=True)
+class OpenRoom:
+    """A KvRoom whose blocks are never closed."""
+
+    views: list[memoryview]
+
+    def write(self, fill: Callable[[], int]) -> int:
+        return fill()
 
 
 class Hooks:

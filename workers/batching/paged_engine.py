@@ -29,7 +29,7 @@ from workers.batching.tier_report import observe_step, tier_gauges
 from workers.batching.tier_returns import TierReturns
 from workers.engine_api.block_files import BlockFiles
 from workers.engine_api.clock import Clock, SystemClock
-from workers.engine_api.protocol import OnLayers
+from workers.engine_api.protocol import KvRoom, OnLayers
 from workers.engine_api.types import (
     BlockOwner,
     CacheEvent,
@@ -37,6 +37,7 @@ from workers.engine_api.types import (
     EngineStats,
     ImportTicket,
     KvLayout,
+    KvPlace,
     ModelIdentity,
     Paused,
     Phase,
@@ -221,6 +222,9 @@ class PagedEngine(PrefixExchange):
 
     def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
         return self._gate.write(block_id, group, offset_bytes, data)
+
+    def import_room(self, places: tuple[KvPlace, ...]) -> KvRoom | None:
+        return self._gate.room(places)
 
     def import_commit(
         self, request_id: str, epoch: int, next_token_ids: tuple[int, ...], num_tokens: int | None = None, exact: bool = True

@@ -13,6 +13,7 @@ from workers.engine_api.types import (
     EngineStats,
     ImportTicket,
     KvLayout,
+    KvPlace,
     LayerProgress,
     ModelIdentity,
     Paused,
@@ -23,12 +24,26 @@ from workers.engine_api.types import (
 OnLayers = Callable[[tuple[LayerProgress, ...]], None]
 
 
+class KvRoom(Protocol):
+    """Places in the pool that bytes may be written into from any thread, but only inside of `write`."""
+
+    @property
+    def views(self) -> Sequence[memoryview]:
+        """One for each place, in order, writable."""
+        ...
+
+    def write(self, fill: Callable[[], int]) -> int:
+        """Runs `fill` and gives its result while all the blocks belong to open imports. Raises BadFrame, and runs nothing, when
+        one does not any more: what is in it then is somebody else's."""
+        ...
+
+
 @runtime_checkable
 class Engine(Protocol):
     """One model on one device group.
 
-    Threads: everything but `export_kv` and `import_kv` is called from one thread, the engine's. Those two may be called
-    from any thread at the same time as a step: they touch only blocks whose bytes no step changes.
+    Threads: everything but `export_kv`, `import_kv` and `import_room` is called from one thread, the engine's. Those may be
+    called from any thread at the same time as a step: they touch only blocks whose bytes no step changes.
 
     Blocks: a block that a sequence refers to is never reused. Every sequence gives its blocks back exactly once: on its
     finish (Phase.FULL), on `release` (Phase.PREFILL and failed imports) or on `abort`. Full blocks then stay in the prefix
@@ -133,6 +148,13 @@ class Engine(Protocol):
 
         Returns a read-only view of them as they lie in the pool now, None where this process cannot look into it. What the
         view shows is of this import until it ends.
+        """
+        ...
+
+    def import_room(self, places: tuple[KvPlace, ...]) -> KvRoom | None:
+        """Where bytes of an open import may be put without a copy, None where this process cannot look into the pool.
+
+        Raises BadFrame as `import_kv` does.
         """
         ...
 

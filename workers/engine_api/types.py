@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import NamedTuple
 
 from protos.contract.grammar import Grammar
 
@@ -189,8 +190,13 @@ class KvLayout:
         """Bytes of one layer group. Raises IndexError outside `0 <= group < num_groups`."""
         if not 0 <= group < self.num_groups:
             raise IndexError(f"layer group {group} of {self.num_groups}")
-        layers = min(self.layers_per_group, self.num_layers - group * self.layers_per_group)
-        return layers * self.block_tokens * self.row_bytes
+        return self._group_bytes[group]
+
+    @cached_property
+    def _group_bytes(self) -> tuple[int, ...]:
+        layer_bytes, per_group = self.block_tokens * self.row_bytes, self.layers_per_group
+        layers = (min(per_group, self.num_layers - first) for first in range(0, self.num_layers, per_group))
+        return tuple(count * layer_bytes for count in layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +225,15 @@ class ImportTicket:
     epoch: int
     block_ids: tuple[int, ...]
     reused_blocks: int
+
+
+class KvPlace(NamedTuple):
+    """A run of bytes inside one layer group of a block."""
+
+    block_id: int
+    group: int
+    offset_bytes: int
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

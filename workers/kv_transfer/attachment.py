@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from protos.contract.errors import BadFrame, PeerUnavailable, StaleEpoch
+from workers.kv_transfer.body import Body
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.push_codec import PushMessage
 from workers.kv_transfer.stripe import Stripe
 from workers.kv_transfer.transfer import Transfer, TransferTable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +55,30 @@ class Attachment:
         self.check_current()
         if self._is_over:
             return None
-        waiting = asyncio.timeout(None)
         try:
-            async with waiting:
-                self.stripe.waiting = waiting
-                return await anext(frames)
+            return await self._unless_woken(anext(frames))
         except StopAsyncIteration:
             raise PeerUnavailable(f"{self.transfer.request_id}: the stream ended before the end frame") from None
         except TimeoutError:
             self.check_current()
             assert self._is_over, self.transfer.lifecycle.state
             return None
+
+    async def more(self, body: Body) -> None:
+        """Waits for bytes of the payload that is coming. Raises PeerUnavailable when the stream broke, and what `check_current`
+        raises, in the middle of waiting too."""
+        self.check_current()
+        with suppress(TimeoutError):
+            await self._unless_woken(body.more())
+        self.check_current()
+
+    async def _unless_woken(self, awaitable: Awaitable[T]) -> T:
+        """Raises TimeoutError when the stripe is woken meanwhile."""
+        waiting = asyncio.timeout(None)
+        try:
+            async with waiting:
+                self.stripe.waiting = waiting
+                return await awaitable
         finally:
             if self.stripe.waiting is waiting:
                 self.stripe.waiting = None

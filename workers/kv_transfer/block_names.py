@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from protos.contract.block_hash import block_hashes, root_hash
+from protos.contract.block_hash import packed_block_hashes, root_hash
+from protos.contract.redis_names import pack_tokens
 from protos.wire import common
 from workers.engine_api.types import EngineRequest
 
@@ -13,4 +14,5 @@ def sequence_hashes(fingerprint: common.Fingerprint, request: EngineRequest) -> 
     The root is that of the engines' prefix caches, so a block has one name everywhere.
     """
     root = root_hash(fingerprint.weights_digest, request.cache_salt)
-    return b"".join(block_hashes(root, request.prompt + request.output, fingerprint.block_tokens))
+    packed = pack_tokens(request.prompt + request.output)
+    return packed_block_hashes(root, packed, fingerprint.block_tokens)

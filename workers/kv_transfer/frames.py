@@ -17,7 +17,7 @@ from protos.contract.errors import BadFrame, DigestMismatch
 from protos.wire import kv
 from workers.engine_api.types import KvLayout
 from workers.kv_transfer.digest import DIGEST_BYTES, DigestScope
-from workers.kv_transfer.push_codec import MAX_PARTS, DataFrame
+from workers.kv_transfer.push_codec import MAX_PARTS, BlockHead, DataFrame
 
 
 def split(
@@ -65,13 +65,15 @@ class Batch:
         return is_full or len(self.frames) == MAX_PARTS
 
     def has_room(self, frame: DataFrame) -> bool:
-        """True when this frame fits. A frame of `split` with the same limit fits into an empty batch."""
+        """True when this frame fits. A frame of `split` with the same limit fits into an empty batch; one that names bytes of a
+        pool not behind one that carries its own, nor the other way round."""
+        if self.frames and (self.frames[0].pool_bytes > 0) is not (frame.pool_bytes > 0):
+            return False
         fits = self._payload_bytes + frame.payload.nbytes <= self.limit_bytes
         return fits and self._size_bytes + frame.size_bytes <= self.most_bytes and len(self.frames) < MAX_PARTS
 
     def add(self, frame: DataFrame) -> None:
         """Takes a frame for which there is room."""
-        assert self.has_room(frame), (self._size_bytes, frame.size_bytes)
         self.frames.append(frame)
         self._payload_bytes += frame.payload.nbytes
         self._size_bytes += frame.size_bytes
@@ -143,15 +145,8 @@ class Reassembly:
         Raises BadFrame when it is not exactly the next one, DigestMismatch when it ends a group that does not verify.
         After either, nothing of the transfer may be used.
         """
-        self._check_place(frame)
         payload = frame.payload
-        total = self._layout.group_bytes(self._group)
-        end = self._offset + len(payload)
-        if not payload or end > total:
-            raise BadFrame(f"block {self._block} group {self._group}: {len(payload)} bytes at {self._offset} of {total}")
-        last = end == total
-        if len(frame.digest) != (DIGEST_BYTES if last else 0):
-            raise BadFrame(f"block {self._block} group {self._group}: digest of {len(frame.digest)} bytes at {end} of {total}")
+        end, last = self._check_bytes(frame, payload.nbytes)
         if self._digest is None:
             self._digest = self._scope.start(self._block, self._group)
         self._digest.update(payload)
@@ -161,14 +156,33 @@ class Reassembly:
         self._advance(end, last)
         return accepted
 
-    def check_references(self, frames: Sequence[DataFrame]) -> None:
+    def verify(self, head: BlockHead, payload: memoryview) -> None:
+        """Takes the bytes of a frame whose head `check_heads` has passed, and moves on.
+
+        Raises DigestMismatch when it ends a group that does not verify; nothing of the transfer may be used then.
+        """
+        digest = self._digest or self._scope.start(self._block, self._group)
+        digest.update(payload)
+        if head.digest and not hmac.compare_digest(digest.digest(), head.digest):
+            raise DigestMismatch(f"block {self._block} group {self._group}: the bytes are not those that were sent")
+        self._digest = digest
+        self._advance(head.offset_bytes + head.payload_bytes, bool(head.digest))
+
+    def check_heads(self, heads: Sequence[BlockHead]) -> None:
+        """Raises BadFrame, changing nothing, unless the frames of these heads are exactly the next ones: what `accept` checks
+        before it reads a byte."""
+        cursor = copy.copy(self)
+        for head in heads:
+            cursor._advance(*cursor._check_bytes(head, head.payload_bytes))
+
+    def check_references(self, frames: Sequence[BlockHead]) -> None:
         """Raises BadFrame, changing nothing, unless these are exactly the next frames, a whole layer group each."""
         cursor = copy.copy(self)
         for frame in frames:
             cursor._check_reference(frame)
             cursor._advance(frame.pool_bytes, True)
 
-    def accept_reference(self, frame: DataFrame, digest: bytes) -> None:
+    def accept_reference(self, frame: BlockHead, digest: bytes) -> None:
         """Moves on by a whole layer group whose copy here has this digest. Raises as `accept` does."""
         self._check_reference(frame)
         if not hmac.compare_digest(digest, frame.digest):
@@ -177,11 +191,23 @@ class Reassembly:
             )
         self._advance(frame.pool_bytes, True)
 
-    def digest_of(self, frame: DataFrame, data: memoryview) -> bytes:
+    def digest_of(self, frame: BlockHead, data: memoryview) -> bytes:
         """The digest that this copy of the frame's layer group has. From any thread."""
         return self._scope.of(frame.block_index, frame.layer_group, data)
 
-    def _check_reference(self, frame: DataFrame) -> None:
+    def _check_bytes(self, frame: DataFrame | BlockHead, size: int) -> tuple[int, bool]:
+        """Where its bytes end in the layer group, and whether the group ends there."""
+        self._check_place(frame)
+        total = self._layout.group_bytes(self._group)
+        end = self._offset + size
+        if not size or end > total:
+            raise BadFrame(f"block {self._block} group {self._group}: {size} bytes at {self._offset} of {total}")
+        last = end == total
+        if len(frame.digest) != (DIGEST_BYTES if last else 0):
+            raise BadFrame(f"block {self._block} group {self._group}: digest of {len(frame.digest)} bytes at {end} of {total}")
+        return end, last
+
+    def _check_reference(self, frame: BlockHead) -> None:
         self._check_place(frame)
         total = self._layout.group_bytes(self._group)
         if frame.offset_bytes or frame.pool_bytes != total or len(frame.digest) != DIGEST_BYTES:
@@ -190,7 +216,7 @@ class Reassembly:
                 f"with a digest of {len(frame.digest)}; it must name all {total} bytes with their digest"
             )
 
-    def _check_place(self, frame: DataFrame) -> None:
+    def _check_place(self, frame: DataFrame | BlockHead) -> None:
         if self.complete:
             raise BadFrame(f"block {frame.block_index}: all {self._num_blocks} blocks are here already")
         place = (frame.block_index, frame.layer_group, frame.offset_bytes)

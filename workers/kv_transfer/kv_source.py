@@ -24,16 +24,24 @@ class KvSource:
         self._scope = scope
         self._segment = segment
 
-    async def frames(self, index: int, block_id: int, group: int, batch: Batch) -> Iterable[DataFrame]:
-        """The frames of one layer group of the pinned block that is number `index` of the sequence; each fits `batch`.
+    def whole(self, index: int, block_id: int, group: int, batch: Batch) -> DataFrame | None:
+        """One layer group of the pinned block that is number `index` of the sequence, as the one frame that it is; None when it
+        has to be packed or cut.
 
         A group travels by reference when the bytes that the engine shows lie in the shared pool: a copy that it made, say
         of a device's memory, travels with its bytes, packed where that was agreed on.
         """
         data = self._port.export_kv(block_id, group)
-        offset = None if self._segment is None else self._segment.offset_of(data)
-        if offset is None or data.nbytes > batch.most_bytes:
-            payload, digest = await self._packer.pack(index, group, data)
-            return split(index, group, payload, digest, batch.limit_bytes, self._packer.encoding.value)
-        digest = self._scope.of(index, group, data)
-        return (DataFrame(index, group, 0, _EMPTY, digest, pool_offset=offset, pool_bytes=data.nbytes),)
+        if self._segment is not None and data.nbytes <= batch.most_bytes:
+            offset = self._segment.offset_of(data)
+            if offset is not None:
+                digest = self._scope.of(index, group, data)
+                return DataFrame(index, group, 0, _EMPTY, digest, pool_offset=offset, pool_bytes=data.nbytes)
+        if not self._packer.passes_through or data.nbytes > batch.limit_bytes:
+            return None
+        return DataFrame(index, group, 0, data, self._scope.of(index, group, data))
+
+    async def frames(self, index: int, block_id: int, group: int, batch: Batch) -> Iterable[DataFrame]:
+        """The frames of a group that is packed or cut; each fits `batch`."""
+        payload, digest = await self._packer.pack(index, group, self._port.export_kv(block_id, group))
+        return split(index, group, payload, digest, batch.limit_bytes, self._packer.encoding.value)

@@ -14,7 +14,7 @@ from protos.contract.errors import BadFrame, DigestMismatch
 from workers.engine_api.types import KvLayout
 from workers.kv_transfer.digest import DIGEST_BYTES, DigestScope
 from workers.kv_transfer.encodings import Encoding, codec_of
-from workers.kv_transfer.push_codec import DataFrame
+from workers.kv_transfer.push_codec import BlockHead, DataFrame
 
 MAX_GATHERED = 16  # groups of one transfer that have begun to arrive
 
@@ -27,6 +27,11 @@ class GroupPacker:
         self._codec = codec_of(encoding, layout)
         self._scope = scope
         self._packed_scope = scope.packed(encoding.name)
+
+    @property
+    def passes_through(self) -> bool:
+        """True where nothing is packed."""
+        return self._codec is None
 
     async def pack(self, block_index: int, group: int, data: memoryview) -> tuple[memoryview, bytes]:
         """What travels of a layer group, and its digest. `data` may be read until this returns, or is cancelled, and a
@@ -54,9 +59,19 @@ class GroupUnpacker:
         self._packed_scope = scope.packed(encoding.name)
         self._gathered: dict[tuple[int, int], bytearray] = {}
 
+    @property
+    def passes_through(self) -> bool:
+        """True where nothing is packed: the bytes that come are those of the groups."""
+        return self._codec is None
+
     def rewind(self) -> None:
         """Forgets groups that are not whole: the sender starts again with them."""
         self._gathered.clear()
+
+    def check(self, frame: BlockHead | DataFrame) -> None:
+        """Raises BadFrame for a frame of another encoding."""
+        if frame.encoding != self.encoding.value:
+            raise BadFrame(f"{_place(frame)}: encoding {frame.encoding}, this transfer has {self.encoding.name}")
 
     async def take(self, frame: DataFrame) -> DataFrame | None:
         """The frame itself where nothing is packed. Otherwise the whole group as one frame, once its last frame is here.
@@ -64,8 +79,7 @@ class GroupUnpacker:
         Raises BadFrame for a frame of another encoding, or that is not the next of its group, and DigestMismatch for a group
         that does not unpack, or whose packed bytes are not those that were sent. Other frames may be taken meanwhile.
         """
-        if frame.encoding != self.encoding.value:
-            raise BadFrame(f"{_place(frame)}: encoding {frame.encoding}, this transfer has {self.encoding.name}")
+        self.check(frame)
         if self._codec is None:
             return frame
         packed = self._gather(frame, self._codec.most_bytes(self._raw_bytes(frame)))
@@ -115,5 +129,5 @@ class GroupUnpacker:
         return DataFrame(index, group, 0, raw, digest)
 
 
-def _place(frame: DataFrame) -> str:
+def _place(frame: BlockHead | DataFrame) -> str:
     return f"block {frame.block_index} group {frame.layer_group}"

@@ -6,8 +6,8 @@ from asyncio import Future
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from workers.engine_api.protocol import Engine
-from workers.engine_api.types import KvLayout
+from workers.engine_api.protocol import Engine, KvRoom
+from workers.engine_api.types import KvLayout, KvPlace
 
 T = TypeVar("T")
 
@@ -34,4 +34,8 @@ class EnginePort(Protocol):
 
     def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
         """See Engine.import_kv; from the event loop."""
+        ...
+
+    def import_room(self, places: tuple[KvPlace, ...]) -> KvRoom | None:
+        """See Engine.import_room; from the event loop."""
         ...

@@ -1,29 +1,30 @@
-"""Push messages as bytes. The wire is that of `PushFrame` in kv.proto; the codec is by hand, so a payload is copied once.
+"""Push messages as bytes. The wire is that of `PushFrame` in kv.proto, whose payload comes last.
 
-A message is small heads, each followed by its payload: it is made as a list of pieces, which a transport joins or writes one
-after another, and decoding gives views into it.
+A message is a small head and its payload: it is made as a list of pieces, which a transport joins or writes one after
+another. What arrives is read in the same two parts, so the payload can be received into its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from protos.wire import kv
+from workers.kv_transfer.body import Body, MemoryBody
 
-_VARINT, _BYTES = 0, 2
-_MAX_VARINT_BYTES = 10
 MAX_PARTS = 64  # data frames in one message
-_MAX_FIELDS = 16  # of one message or data frame, further data frames apart; ours have seven at most
-_MAX_PUSH_FIELDS = MAX_PARTS + _MAX_FIELDS
+_MAX_FIELDS = 16  # of one message; ours have six at most
+_MAX_PART_BYTES = 128  # of one head on the wire; ours have 64 at most
+_MAX_VARINT_BYTES = 10
+_VARINT, _BYTES = 0, 2
+_BLOCKS = kv.PushFrame.DESCRIPTOR.fields_by_name["blocks"].number
+_PAYLOAD = kv.PushFrame.DESCRIPTOR.fields_by_name["payload"].number
+_EMPTY = memoryview(b"")
+_NOTHING = MemoryBody(_EMPTY)
 
-_PUSH = {name: field.number for name, field in kv.PushFrame.DESCRIPTOR.fields_by_name.items()}
-_BLOCK = {name: field.number for name, field in kv.BlockFrame.DESCRIPTOR.fields_by_name.items()}
 
-
-@dataclass(frozen=True, slots=True)
-class DataFrame:
+class DataFrame(NamedTuple):
     """Part of one layer group; `digest` is that of the whole group, in its last frame only. `payload` is bytes `[n]`.
 
     With `pool_bytes` the payload is empty: the bytes of the whole group are at `pool_offset` of the pool that was agreed on.
@@ -44,15 +45,59 @@ class DataFrame:
         return self.pool_bytes or self.payload.nbytes
 
 
+class BlockHead(NamedTuple):
+    """What is said of a data frame before its payload comes."""
+
+    block_index: int
+    layer_group: int
+    offset_bytes: int
+    payload_bytes: int
+    digest: bytes
+    encoding: int = kv.KV_ENCODING_NONE
+    pool_offset: int = 0
+    pool_bytes: int = 0
+
+    def with_payload(self, payload: memoryview) -> DataFrame:
+        """The data frame."""
+        return DataFrame(
+            self.block_index,
+            self.layer_group,
+            self.offset_bytes,
+            payload,
+            self.digest,
+            self.encoding,
+            self.pool_offset,
+            self.pool_bytes,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class PushMessage:
-    """One message of a Push stream: data frames, in order, or the end; neither is a sign of life."""
+    """One message of a Push stream: data frames, in order, or the end; neither is a sign of life.
+
+    `body` brings the payloads of all data frames, one after another; it has nothing else.
+    """
 
     transfer_id: str
     epoch: int
-    data: tuple[DataFrame, ...] = ()
+    heads: tuple[BlockHead, ...] = ()
     end: kv.EndFrame | None = None
     stream: int = 0
+    body: Body = _NOTHING
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of all data frames."""
+        return sum(head.payload_bytes for head in self.heads)
+
+    async def frames(self) -> list[DataFrame]:
+        """The data frames with their payloads, in memory of their own. Once. Raises PeerUnavailable."""
+        payload = await self.body.whole() if self.payload_bytes else _EMPTY
+        found, at = [], 0
+        for head in self.heads:
+            found.append(head.with_payload(payload[at : at + head.payload_bytes]))
+            at += head.payload_bytes
+        return found
 
 
 def encode_data(transfer_id: str, epoch: int, frames: Sequence[DataFrame], stream: int = 0) -> bytes:
@@ -61,25 +106,26 @@ def encode_data(transfer_id: str, epoch: int, frames: Sequence[DataFrame], strea
 
 
 def data_pieces(transfer_id: str, epoch: int, frames: Sequence[DataFrame], stream: int = 0) -> list[bytes | memoryview]:
-    """The same message in pieces; payloads are among them, not copied."""
+    """The same message in pieces: the head, then the payloads, which are not copied."""
     assert 1 <= len(frames) <= MAX_PARTS, len(frames)
-    pieces: list[bytes | memoryview] = [kv.PushFrame(transfer_id=transfer_id, epoch=epoch, stream=stream).SerializeToString()]
-    field = _PUSH["data"]
-    for frame in frames:
-        fields = kv.BlockFrame(
-            block_index=frame.block_index,
-            layer_group=frame.layer_group,
-            offset_bytes=frame.offset_bytes,
-            digest=frame.digest,
-            encoding=cast("kv.KvEncoding", frame.encoding),
-            pool_offset=frame.pool_offset,
-            pool_bytes=frame.pool_bytes,
+    message = kv.PushFrame(transfer_id=transfer_id, epoch=epoch, stream=stream)
+    parts, size = message.blocks.parts, 0
+    for index, group, offset, payload, digest, encoding, pool_offset, pool_bytes in frames:
+        size += payload.nbytes
+        parts.add(
+            block_index=index,
+            layer_group=group,
+            offset_bytes=offset,
+            payload_bytes=payload.nbytes,
+            digest=digest,
+            encoding=cast("kv.KvEncoding", encoding),
+            pool_offset=pool_offset,
+            pool_bytes=pool_bytes,
         )
-        size = frame.payload.nbytes
-        inner = fields.SerializeToString() + (b"" if frame.pool_bytes else _head(_BLOCK["payload"], size))
-        pieces += (_head(field, len(inner) + size), inner, frame.payload)
-        field = _PUSH["more"]
-    return pieces
+    head = message.SerializeToString()
+    if not size:
+        return [head]
+    return [head + _field_head(_PAYLOAD, size), *(frame.payload for frame in frames)]
 
 
 def encode_other(transfer_id: str, epoch: int, end: kv.EndFrame | None = None, stream: int = 0) -> bytes:
@@ -87,106 +133,112 @@ def encode_other(transfer_id: str, epoch: int, end: kv.EndFrame | None = None, s
     return kv.PushFrame(transfer_id=transfer_id, epoch=epoch, end=end, stream=stream).SerializeToString()
 
 
+def head_bytes(begin: memoryview, size_bytes: int) -> int | None:
+    """How much of a message of `size_bytes` precedes the bytes of its payload, by its beginning; None while that is not seen.
+
+    Without a payload it is the whole message. Malformed ones have some head that `decode_head` refuses.
+    """
+    cut = _scan(begin, size_bytes)
+    if cut is None:
+        return None if len(begin) < size_bytes else size_bytes
+    return cut[1]
+
+
+def decode_head(head: memoryview, body_bytes: int, body: Body) -> PushMessage:
+    """The message of this head; `body` brings the `body_bytes` that follow it.
+
+    Raises ValueError, or DecodeError, for anything malformed.
+    """
+    cut = _scan(head, len(head) + body_bytes)
+    if cut is None or cut[1] != len(head):
+        raise ValueError("cut in the middle of a field")
+    fields_end, _, payload_bytes = cut
+    if payload_bytes != body_bytes:
+        raise ValueError(f"a payload of {payload_bytes} bytes, {body_bytes} follow: it must be the last field")
+    message = kv.PushFrame.FromString(bytes(head[:fields_end]))
+    has_end = message.HasField("end")
+    if has_end and message.HasField("blocks"):
+        raise ValueError("blocks beside the end")
+    heads = _heads(message.blocks)
+    if sum(part.payload_bytes for part in heads) != body_bytes:
+        raise ValueError(f"a payload of {body_bytes} bytes for parts of {[part.payload_bytes for part in heads]}")
+    end = message.end if has_end else None
+    return PushMessage(message.transfer_id, message.epoch, heads, end, message.stream, body if body_bytes else _NOTHING)
+
+
 def decode_push(message: bytes | memoryview) -> PushMessage:
-    """Reads a message; payloads are views into it. Raises ValueError, or DecodeError, for anything malformed."""
-    transfer_id, epoch, stream = "", 0, 0
-    data: DataFrame | None = None
-    more: list[DataFrame] = []
-    end: kv.EndFrame | None = None
-    fields = _fields(memoryview(message), _MAX_PUSH_FIELDS)
-    if sum(number != _PUSH["more"] for number, _ in fields) > _MAX_FIELDS:
-        raise ValueError(f"more than {_MAX_FIELDS} fields")
-    for number, value in fields:
-        if number == _PUSH["transfer_id"]:
-            transfer_id = bytes(_bytes(value)).decode("utf-8")
-        elif number == _PUSH["epoch"]:
-            epoch = _number(value, 64)
-        elif number == _PUSH["stream"]:
-            stream = _number(value, 32)
-        elif number == _PUSH["data"]:
-            data, end = _decode_block(_bytes(value)), None
-        elif number == _PUSH["more"]:
-            more.append(_decode_block(_bytes(value)))
-        elif number == _PUSH["end"]:
-            data, end = None, kv.EndFrame.FromString(bytes(_bytes(value)))
-    if data is None and more:
-        raise ValueError("more data frames without a first one")
-    if len(more) >= MAX_PARTS:
-        raise ValueError(f"{1 + len(more)} data frames, at most {MAX_PARTS} go into one message")
-    return PushMessage(transfer_id, epoch, () if data is None else (data, *more), end, stream)
+    """Reads a message that is whole; its body is a view into it. Raises ValueError, or DecodeError, for anything malformed."""
+    view = memoryview(message)
+    size = head_bytes(view, len(view))
+    assert size is not None, "the whole message was seen"
+    return decode_head(view[:size], len(view) - size, MemoryBody(view[size:]))
 
 
-def _decode_block(view: memoryview) -> DataFrame:
-    block_index = layer_group = offset_bytes = encoding = pool_offset = pool_bytes = 0
-    payload, digest = view[:0], b""
-    for number, value in _fields(view, _MAX_FIELDS):
-        if number == _BLOCK["block_index"]:
-            block_index = _number(value, 32)
-        elif number == _BLOCK["layer_group"]:
-            layer_group = _number(value, 32)
-        elif number == _BLOCK["offset_bytes"]:
-            offset_bytes = _number(value, 32)
-        elif number == _BLOCK["payload"]:
-            payload = _bytes(value)
-        elif number == _BLOCK["digest"]:
-            digest = bytes(_bytes(value))
-        elif number == _BLOCK["encoding"]:
-            encoding = _number(value, 32)
-        elif number == _BLOCK["pool_offset"]:
-            pool_offset = _number(value, 64)
-        elif number == _BLOCK["pool_bytes"]:
-            pool_bytes = _number(value, 32)
-    if (pool_bytes and (payload or encoding)) or (pool_offset and not pool_bytes):
-        raise ValueError("a frame names bytes of a pool and carries others, or packed ones")
-    return DataFrame(block_index, layer_group, offset_bytes, payload, digest, encoding, pool_offset, pool_bytes)
+def _heads(blocks: kv.BlockFrames) -> tuple[BlockHead, ...]:
+    parts = blocks.parts
+    if len(parts) > MAX_PARTS:
+        raise ValueError(f"{len(parts)} data frames, at most {MAX_PARTS} go into one message")
+    heads = tuple(
+        BlockHead(
+            part.block_index,
+            part.layer_group,
+            part.offset_bytes,
+            part.payload_bytes,
+            part.digest,
+            part.encoding,
+            part.pool_offset,
+            part.pool_bytes,
+        )
+        for part in parts
+    )
+    for part in heads:
+        if (part.pool_bytes and (part.payload_bytes or part.encoding)) or (part.pool_offset and not part.pool_bytes):
+            raise ValueError("a frame names bytes of a pool and carries others, or packed ones")
+        if (part.pool_bytes > 0) is not (heads[0].pool_bytes > 0):
+            raise ValueError("frames that carry their bytes beside frames that name them")
+    return heads
 
 
-def _fields(view: memoryview, limit: int) -> list[tuple[int, int | memoryview]]:
-    found: list[tuple[int, int | memoryview]] = []
-    at, size = 0, len(view)
-    while at < size:
-        if len(found) == limit:
-            raise ValueError(f"more than {limit} fields")
+def _scan(view: memoryview, size: int) -> tuple[int, int, int] | None:
+    """Where the fields before the payload end, where its bytes begin, and how many it says it has; None when the view is cut,
+    or malformed, before that."""
+    at = 0
+    for _ in range(_MAX_FIELDS):
+        if at == size:
+            return at, at, 0
+        field_at = at
         tag, at = _varint(view, at)
         value, at = _varint(view, at)
-        if tag & 7 == _VARINT:
-            found.append((tag >> 3, value))
-        elif tag & 7 == _BYTES and value <= size - at:
-            found.append((tag >> 3, view[at : at + value]))
+        if at < 0:
+            return None
+        if tag >> 3 == _PAYLOAD and tag & 7 == _BYTES:
+            return field_at, at, value
+        if tag & 7 == _BYTES:
+            if tag >> 3 == _BLOCKS and value > MAX_PARTS * _MAX_PART_BYTES:
+                return None
             at += value
-        else:
-            raise ValueError(f"field {tag >> 3}: wire type {tag & 7} does not fit in {size} bytes")
-    return found
+        elif tag & 7 != _VARINT:
+            return None
+        if at > len(view):
+            return None
+    return None
 
 
 def _varint(view: memoryview, at: int) -> tuple[int, int]:
-    if at < len(view) and view[at] < 0x80:  # nearly all of them
+    """The number and what follows it; its place is negative when it is cut or too long."""
+    if 0 <= at < len(view) and view[at] < 0x80:  # nearly all of them
         return view[at], at + 1
+    if at < 0:
+        return 0, at
     value = 0
-    for shift in range(_MAX_VARINT_BYTES):
-        if at == len(view):
-            raise ValueError("cut in a number")
-        byte = view[at]
-        at += 1
+    for shift, byte in enumerate(view[at : at + _MAX_VARINT_BYTES]):
         value |= (byte & 0x7F) << 7 * shift
         if byte < 0x80:
-            return value, at
-    raise ValueError(f"a number of more than {_MAX_VARINT_BYTES} bytes")
+            return value, at + shift + 1
+    return 0, -1
 
 
-def _number(value: int | memoryview, bits: int) -> int:
-    if not isinstance(value, int) or value >> bits:
-        raise ValueError(f"not a number of {bits} bits")
-    return value
-
-
-def _bytes(value: int | memoryview) -> memoryview:
-    if isinstance(value, int):
-        raise ValueError("a number where bytes belong")
-    return value
-
-
-def _head(number: int, size: int) -> bytes:
+def _field_head(number: int, size: int) -> bytes:
     head = bytearray([number << 3 | _BYTES])
     while size >= 0x80:
         head.append(size & 0x7F | 0x80)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -25,11 +25,13 @@ class PushStream:
 
     Every method raises the receiver's refusal as soon as it is known, PeerUnavailable when the stream breaks and
     HandoffTimeout when the receiver grants, reads or answers nothing in time. `news` is called when something arrives. `call`
-    is of grpcio, or does the same: `write`, iteration over the replies, `cancel`, and errors that are those of grpcio.
+    is of grpcio, or does the same: `write`, iteration over the replies, `cancel`, and errors that are those of grpcio. It may
+    have a `write_now` besides, which begins at once and gives what finishes it, if anything is left to do.
     """
 
     def __init__(self, call: Any, credit_bytes: int, timeout_s: float, news: Callable[[], object]) -> None:
         self._call = call
+        self._write_now = getattr(call, "write_now", None)
         self._credit = credit_bytes
         self._timeout_s = timeout_s
         self._wake = asyncio.Event()
@@ -56,15 +58,15 @@ class PushStream:
 
         So the caller makes the next one while the transport takes this one. What goes wrong with it is raised by the next call.
         """
-        await self._wait(lambda: self._credit >= cost_bytes, "credit")
+        if self._credit < cost_bytes:
+            await self._wait(lambda: self._credit >= cost_bytes, "credit")
         self.check()
         await self._written()
         self._credit -= cost_bytes
-        self._writing = asyncio.create_task(self._write(message))
+        left = self._call.write(message) if self._write_now is None else self._write_now(message)
+        if left is not None:
+            self._writing = asyncio.create_task(_await(left))
         await asyncio.sleep(0)  # the transport has the message before the caller goes on computing
-
-    async def _write(self, message: Sequence[bytes | memoryview]) -> None:
-        await self._call.write(message)
 
     async def _written(self) -> None:
         writing, self._writing = self._writing, None
@@ -147,3 +149,7 @@ class PushStream:
     def _notify(self) -> None:
         self._wake.set()
         self._news()
+
+
+async def _await(left: Awaitable[None]) -> None:
+    await left

@@ -133,8 +133,8 @@ class Receiver:
                 if frame.end is not None:
                     yield kv.PushReply(commit=await self._commitments.end(at, frame.end))
                     return
-                await self._placement.place_all(at, frame.data)
-                if frame.data:
+                await self._placement.place_all(at, frame)
+                if frame.heads:
                     credit = at.stripe.regrant()
                     if credit:
                         yield kv.PushReply(credit_bytes=credit)

@@ -16,13 +16,13 @@ from workers.kv_transfer.counters import TransferCounters
 from workers.kv_transfer.frames import Reassembly
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.port import EnginePort
-from workers.kv_transfer.push_codec import DataFrame
+from workers.kv_transfer.push_codec import BlockHead
 from workers.kv_transfer.transfer import Transfer
 
 _TURN_BYTES = 1024 * 1024  # copied in one turn of the event loop: a quarter of a millisecond
 _THREAD_BYTES = 128 * 1024  # xxhash lets other threads run while it reads this much, and not for less
 
-Copied = tuple[DataFrame, memoryview]
+Copied = tuple[BlockHead, memoryview]
 
 
 class References:
@@ -33,7 +33,7 @@ class References:
         self._counters = counters
         self._in_place = True  # the engine shows what was written
 
-    async def land(self, at: Attachment, frames: Sequence[DataFrame]) -> None:
+    async def land(self, at: Attachment, frames: Sequence[BlockHead]) -> None:
         """Checks credit and place of all frames, copies their bytes, then verifies and counts them.
 
         Raises what `at.check_current` raises when the transfer ends or another stream takes over meanwhile: nothing more is
@@ -65,7 +65,7 @@ class References:
         at.check_current()
         self._count(at, frames, taken)
 
-    def _copy(self, transfer: Transfer, frame: DataFrame, source: memoryview) -> memoryview:
+    def _copy(self, transfer: Transfer, frame: BlockHead, source: memoryview) -> memoryview:
         """A copy that no other process can change; the same bytes are in the pool."""
         block_id = transfer.ticket.block_ids[frame.block_index]
         if self._in_place:
@@ -77,7 +77,7 @@ class References:
         self._port.import_kv(block_id, frame.layer_group, 0, own)
         return own
 
-    def _count(self, at: Attachment, frames: Sequence[DataFrame], digests: Sequence[bytes]) -> None:
+    def _count(self, at: Attachment, frames: Sequence[BlockHead], digests: Sequence[bytes]) -> None:
         reassembly, blocks = at.stripe.reassembly, 0
         for frame, digest in zip(frames, digests, strict=True):
             reassembly.accept_reference(frame, digest)

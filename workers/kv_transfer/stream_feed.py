@@ -102,8 +102,7 @@ class StreamFeed:
                 await self._beat()
                 continue
             with self._measures.busy(time.monotonic):
-                await self._push_block(self._next_block)
-            self._next_block += self._plan.streams
+                await self._push_ready()
 
     async def end(self, end: kv.EndFrame) -> kv.Commit:
         """Sends the end and waits for the commit. Raises what PushStream raises."""
@@ -126,18 +125,23 @@ class StreamFeed:
         if self._stream is not None:
             await self._stream.close()
 
-    async def _push_block(self, index: int) -> None:
-        """Puts one block into the batch, which goes out when it is full and when no other block of the stream is ready."""
-        batch, ready = self._batch, self._supply.ready
-        for group in range(self._context.port.layout.num_groups):
-            await self._context.reach("handoff.mid_push")
-            for frame in await self._source.frames(index, ready[index], group, batch):
-                if not batch.has_room(frame):
-                    await self._flush()
-                batch.add(frame)
-        batch.completed.append(index)
-        if batch.full or index + self._plan.streams >= len(ready):
-            await self._flush()
+    async def _push_ready(self) -> None:
+        """Puts the blocks that are ready into batches, which go out when they are full; the last one in any case."""
+        batch, ready, source = self._batch, self._supply.ready, self._source
+        while self._next_block < len(ready):
+            index, block_id = self._next_block, ready[self._next_block]
+            for group in range(self._context.port.layout.num_groups):
+                await self._context.reach("handoff.mid_push")
+                whole = source.whole(index, block_id, group, batch)
+                for frame in await source.frames(index, block_id, group, batch) if whole is None else (whole,):
+                    if not batch.has_room(frame):
+                        await self._flush()
+                    batch.add(frame)
+            batch.completed.append(index)
+            self._next_block += self._plan.streams
+            if batch.full:
+                await self._flush()
+        await self._flush()
 
     async def _flush(self) -> None:
         """Sends what the batch holds; its blocks count as sent with that."""

@@ -2,8 +2,8 @@
 
     OPEN -> LOST    the peer hung up, broke the protocol, or this side closed; whoever waits hears ConnectionLost
 
-It reads while no message waits to be taken, so a peer that is ahead is held back by TCP itself. Windows are as large as HTTP/2
-allows and given back now and then.
+It reads by itself until a message has begun; from there on whoever takes the message says when, and where to. So a peer that is
+ahead is held back by TCP itself. Windows are as large as HTTP/2 allows and given back now and then.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 
+from workers.engine_api.memory_views import Write, copy_into
 from workers.kv_wire.h2_frames import (
     ACK,
     END_STREAM,
@@ -31,9 +33,10 @@ from workers.kv_wire.h2_frames import (
     window_update,
 )
 from workers.kv_wire.header_blocks import MOST_LIST_BYTES, HeaderReader, Headers, HeaderWriter
+from workers.kv_wire.incoming import Incoming
 from workers.kv_wire.message_reader import CallFault, MessageReader
 from workers.kv_wire.peer_limits import IdleBudget, PeerLimits
-from workers.kv_wire.pieces import Piece, cut, drop
+from workers.kv_wire.pieces import Piece, cut, drop, first_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,8 @@ class Connection:
         self.stream = 0  # of the call that runs; none: 0
         self._has_ended = False  # the peer sends no more on it
         self._is_deaf = False  # the peer takes no more on it
-        self._held: memoryview | None = None
+        self._is_reading_message = False  # somebody takes it
+        self._more: asyncio.Future[None] | None = None  # of whoever waits for bytes of the message
         self._begin(is_client)
 
     # -- what the two sides do ------------------------------------------------------------------------------------------
@@ -103,7 +107,7 @@ class Connection:
 
     def end_call(self) -> None:
         """What still comes of the call is passed over."""
-        self.stream, self._held = 0, None
+        self.stream, self._is_reading_message = 0, False
         self._reader.drop_call()
         self._read_on()
 
@@ -115,8 +119,9 @@ class Connection:
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         self._sock.close()
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
+        for waiter in (self._writable, self._more):
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
         self._news.set()
         self.was_lost()
 
@@ -127,23 +132,101 @@ class Connection:
 
     # -- in -------------------------------------------------------------------------------------------------------------
 
-    async def next_message(self) -> memoryview | None:
-        """The next message of the call, none after its last one. It is valid until this is called again.
-
-        Raises ConnectionLost.
-        """
-        if self._held is not None:
-            self._reader.give_back(self._held)
-            self._held = None
+    async def next_message(self) -> Incoming | None:
+        """The next message of the call, as soon as it has begun; none after its last one. Raises ConnectionLost."""
+        if self._is_reading_message:
+            self._is_reading_message = False
+            self._reader.finish()
             self._read_on()
         while not self._reader.has_message:
             if self._has_ended:
                 return None
             await self._changed()
-        self._held = self._reader.take()
         self._idle.message()
-        self._read_on()
-        return self._held
+        self._is_reading_message = True
+        return Incoming(self)
+
+    @property
+    def left_bytes(self) -> int:
+        """See Source."""
+        return self._reader.left_bytes
+
+    def peek(self) -> memoryview:
+        """See Source."""
+        while not (here := self._reader.here()) and self._reader.left_bytes and self._fill_small():
+            pass
+        return here
+
+    def consume(self, count: int) -> None:
+        """See Source."""
+        self._reader.consume(count)
+
+    def receive(self, views: Sequence[memoryview], write: Write) -> int:
+        """See Source."""
+        reader = self._reader
+        while True:
+            if reader.here():
+                count = write(lambda: copy_into(views, reader.here()))
+                reader.consume(count)
+                return count
+            room = reader.direct_bytes
+            if room:
+                return self._receive_direct(first_of(views, room), write)
+            if not self._fill_small():
+                return 0
+
+    def _receive_direct(self, views: Sequence[memoryview], write: Write) -> int:
+        """Straight from the socket; the views are of the message, and of no other frame."""
+        targets = [*views, self._reader.ahead]
+        try:
+            count = write(lambda: self._sock.recvmsg_into(targets)[0])
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            self.close(f"the connection broke: {error}")
+            raise self.loss_of_message() from error
+        if not count:
+            self.close("the peer hung up")
+            raise self.loss_of_message()
+        direct = min(count, sum(view.nbytes for view in views))
+        self._reader.received(direct, count - direct)
+        return direct
+
+    def _fill_small(self) -> bool:
+        """Reads what is there, up to bytes of the message; false when nothing is there now."""
+        if self._has_ended or self._lost is not None:
+            raise self.loss_of_message()
+        try:
+            count = self._sock.recv_into(self._reader.buffer())
+            if count:
+                self._reader.filled(count)
+                self._flush()
+                return True
+            self.close("the peer hung up")
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            self.close(f"the connection broke: {error}")
+        except WireFault as fault:
+            self._refuse(fault)
+        raise self.loss_of_message()
+
+    async def more(self) -> None:
+        """See Source."""
+        if self._lost is not None:
+            raise self.loss_of_message()
+        self._more = self._loop.create_future()
+        if not self._is_reading:
+            self._loop.add_reader(self._fd, self._on_readable)
+            self._is_reading = True
+        try:
+            await self._more
+        finally:
+            self._more = None
+
+    def loss_of_message(self) -> Exception:
+        """What to raise to whoever reads a message that will not come whole."""
+        return ConnectionLost(self._lost or "the peer ended the call in the middle of a message")
 
     def data_begins(self, head: FrameHead) -> bool:
         """See FrameHandler."""
@@ -266,6 +349,25 @@ class Connection:
             left -= size
             await self._write([head(size, Kind.DATA, stream=stream), *part])
 
+    def send_now(self, pieces: Sequence[Piece]) -> Awaitable[None] | None:
+        """As `send_data`, begun at once: None when the kernel has taken everything, else what takes it the rest, to be awaited
+        unless the connection is closed."""
+        size = sum(len(piece) for piece in pieces)
+        must_wait = self._is_writing or self._queued or self._lost is not None or self._is_deaf
+        if must_wait or size > self._peer.room_bytes:
+            return self.send_data(pieces)
+        self._peer.spend(size)
+        rest: list[Piece] = [head(size, Kind.DATA, stream=self.stream), *pieces]
+        with suppress(BlockingIOError, InterruptedError):
+            try:
+                rest = drop(rest, self._sock.sendmsg(rest))
+            except ConnectionError as error:
+                self.close(f"the connection broke: {error}")
+        if not rest:
+            return None
+        self._is_writing = True
+        return self._finish(rest)
+
     async def end_data(self) -> None:
         """Nothing more comes on the call from here. Raises ConnectionLost."""
         await self._write([head(0, Kind.DATA, END_STREAM, self.stream)])
@@ -278,6 +380,10 @@ class Connection:
         if self._queued:
             rest = [bytes(self._queued), *pieces]
             self._queued.clear()
+        await self._finish(rest)
+
+    async def _finish(self, rest: list[Piece]) -> None:
+        """Writes whole frames, while nobody else may."""
         try:
             while rest:
                 if self._lost is not None:
@@ -353,7 +459,11 @@ class Connection:
             self._is_reading = True
 
     def _on_readable(self) -> None:
-        if self._reader.has_message:  # which is not taken yet: mostly it is before more bytes come
+        if self._more is not None:
+            if not self._more.done():
+                self._more.set_result(None)
+            return
+        if self._reader.has_message:  # whoever takes it is busy
             self._loop.remove_reader(self._fd)
             self._is_reading = False
             return

@@ -1,13 +1,16 @@
-"""From received bytes to whole gRPC messages, without a copy of the large ones.
+"""From received bytes to gRPC messages whose bytes go where their reader wants them.
 
-The socket writes where `buffer` says: the inside of a message straight into the memory in which it will be read, and in the
-same call a few bytes of what follows, which are the next frame's head. All else is small and goes through a small buffer.
-Memory of messages is mapped without being touched: what a peer announces costs nothing until it sends it.
+Heads and control frames go through a small buffer. Once a message has begun, its bytes are handed out as they come: what is in
+the small buffer already by `here` and `consume`, the rest straight from the socket, as far as `direct_bytes` allows. Nothing is
+allocated for what a peer announces.
+
+    no message -> begun    its length was read; `left_bytes` of it are to be given out
+    begun -> no message    `finish`; what was not given out is passed over
+    any -> no message      `drop_call`; the rest of the call is passed over
 """
 
 from __future__ import annotations
 
-import mmap
 from typing import Protocol
 
 from workers.kv_wire.h2_frames import (
@@ -23,9 +26,7 @@ from workers.kv_wire.h2_frames import (
 )
 
 PREFIX_BYTES = 5  # of each gRPC message: a flag and its length
-_AHEAD_BYTES = HEAD_BYTES + PREFIX_BYTES
-_SMALLEST_BUFFER_BYTES = 64 * 1024
-_KEPT_BUFFERS = 2  # one is read, one is filled
+_AHEAD_BYTES = 4096  # read with the end of what is received straight: the next frame's head, and that of the next message
 
 
 class CallFault(Exception):
@@ -44,7 +45,7 @@ class FrameHandler(Protocol):
         ...
 
     def data_ended(self, head: FrameHead) -> None:
-        """All of it is here, and its messages were taken."""
+        """All of it is here, and was given out."""
         ...
 
     def control(self, head: FrameHead, payload: memoryview) -> None:
@@ -57,7 +58,7 @@ class FrameHandler(Protocol):
 
 
 class MessageReader:
-    """`buffer`, then `filled`, again and again, until `has_message`; then `take`, and `give_back` when it was read."""
+    """`buffer` and `filled` move bytes from the socket into the small buffer; `parse` goes through what is there."""
 
     def __init__(self, handler: FrameHandler, most_message_bytes: int, most_frame_bytes: int, *, expects_preface: bool) -> None:
         self._handler = handler
@@ -65,81 +66,98 @@ class MessageReader:
         self._most_frame_bytes = most_frame_bytes
         self._preface_due = expects_preface
         self._small = memoryview(bytearray(HEAD_BYTES + MOST_CONTROL_BYTES))
-        self._at = self._have = 0  # of the small buffer, what is not parsed yet
+        self._at = self._have = 0  # of the small buffer, what is not parsed or given out yet
         self._data: FrameHead | None = None  # the DATA frame that is coming
         self._data_left = 0
         self._is_wanted = False
         self._prefix = bytearray()
-        self._body: memoryview | None = None
-        self._body_at = self._body_bytes = 0
-        self._direct_bytes = 0  # of the last `buffer`, what belongs to the message
-        self._message: memoryview | None = None
-        self._free: list[memoryview] = []
+        self._left: int | None = None  # of the message, what was not given out yet
+        self._is_passed_over = False
 
     @property
     def has_message(self) -> bool:
-        """True when one is whole; nothing more is parsed until it is taken."""
-        return self._message is not None
+        """True from when one has begun until `finish`."""
+        return self._left is not None and not self._is_passed_over
+
+    @property
+    def left_bytes(self) -> int:
+        """Bytes of the message that were not given out yet."""
+        assert self._left is not None, "no message"
+        return self._left
 
     def buffer(self) -> memoryview:
-        """Where the next bytes go; never empty while there is no message."""
-        self._direct_bytes = 0
-        if self._have == 0 and self._body is not None and self._is_wanted:
-            self._direct_bytes = min(self._data_left, self._body_bytes - self._body_at)
-        if self._direct_bytes:
-            assert self._body is not None
-            return self._body[self._body_at : self._body_at + self._direct_bytes + _AHEAD_BYTES]
+        """Where the next bytes go; not empty once `parse` was called and nothing is `here`."""
+        if self._at:
+            left = self._have - self._at
+            self._small[:left] = bytes(self._small[self._at : self._have])
+            self._at, self._have = 0, left
         return self._small[self._have :]
 
     def filled(self, count: int) -> None:
-        """So many bytes came. Raises WireFault."""
-        if self._direct_bytes:
-            assert self._body is not None
-            used = min(count, self._direct_bytes)
-            ahead = count - used
-            if ahead:
-                begin = self._body_at + used
-                self._small[:ahead] = self._body[begin : begin + ahead]
-                self._have = ahead
-            self._data_left -= used
-            self._grow(used)
-        else:
-            self._have += count
+        """So many bytes came into `buffer`. Raises WireFault."""
+        self._have += count
         self.parse()
 
     def parse(self) -> None:
-        """Goes on with what is here already. Raises WireFault."""
-        while self._message is None and self._step():
+        """Goes through what is here, up to bytes of a message. Raises WireFault."""
+        while self._step():
             pass
-        left = self._have - self._at
-        if self._at and left:
-            self._small[:left] = bytes(self._small[self._at : self._have])
-        self._at, self._have = 0, left
 
-    def take(self) -> memoryview:
-        """The message. Give it back: it is memory that the one after the next will use."""
-        assert self._message is not None, "no message"
-        message, self._message = self._message, None
-        return message
+    def here(self) -> memoryview:
+        """The bytes of the message that are in the small buffer; valid until the next call of anything else."""
+        return self._small[self._at : self._at + min(self._have - self._at, self._room)]
 
-    def give_back(self, message: memoryview) -> None:
-        """Nobody reads it any more."""
-        memory = message.obj
-        if len(self._free) < _KEPT_BUFFERS and isinstance(memory, mmap.mmap):
-            self._free.append(memoryview(memory))
+    def consume(self, count: int) -> None:
+        """So many of the bytes that are `here` were read."""
+        self._at += count
+        self._give(count)
+
+    @property
+    def direct_bytes(self) -> int:
+        """How much may be received straight to where it belongs, with `ahead` behind it."""
+        return self._room if self._at == self._have else 0
+
+    @property
+    def ahead(self) -> memoryview:
+        """Memory for what follows bytes that are received straight."""
+        return self._small[:_AHEAD_BYTES]
+
+    def received(self, direct: int, ahead: int) -> None:
+        """`direct` bytes of the message went straight, so many more lie in `ahead`."""
+        self._at, self._have = 0, ahead
+        self._give(direct)
+
+    def finish(self) -> None:
+        """Nobody reads the message any more."""
+        if self._left == 0:
+            self._left = None
+        elif self._left is not None:
+            self._is_passed_over = True
 
     def drop_call(self) -> None:
         """The call is over: what is left of its message, and of its frame, is passed over."""
-        self._is_wanted = False
+        self._is_wanted = self._is_passed_over = False
         self._prefix.clear()
-        self._body = self._message = None
+        self._left = None
+
+    @property
+    def _room(self) -> int:
+        """Bytes of the message that are still to come of the frame that is coming."""
+        if self._left is None or self._data is None or not self._is_wanted:
+            return 0
+        return min(self._data_left, self._left)
+
+    def _give(self, count: int) -> None:
+        assert self._left is not None and count <= self._room, (count, self._left)
+        self._data_left -= count
+        self._left -= count
 
     def _step(self) -> bool:
         view = self._small[self._at : self._have]
         if self._preface_due:
             return self._read_preface(view)
         if self._data is not None:
-            return self._read_data(view)
+            return self._read_data(self._data, view)
         if len(view) < HEAD_BYTES:
             return False
         head = read_head(view)
@@ -174,56 +192,48 @@ class MessageReader:
         self._data, self._data_left = head, head.size_bytes
         self._is_wanted = self._handler.data_begins(head)
 
-    def _read_data(self, view: memoryview) -> bool:
+    def _read_data(self, frame: FrameHead, view: memoryview) -> bool:
         if not self._data_left:
-            assert self._data is not None
-            ended, self._data = self._data, None
-            self._handler.data_ended(ended)
+            self._data = None
+            self._handler.data_ended(frame)
             return True
+        if self._left == 0 and self._is_passed_over:
+            self._left, self._is_passed_over = None, False
+        if self._left is not None and self._is_wanted and not self._is_passed_over:
+            return False  # for whoever reads the message
         if not view:
             return False
-        part = view[: self._data_left]
-        try:
-            used = self._put(part) if self._is_wanted else len(part)
-        except CallFault as fault:
-            used = len(part)
-            self.drop_call()
-            self._handler.call_failed(fault)
-        self._at += used
-        self._data_left -= used
+        if not self._is_wanted:
+            self._skip(min(len(view), self._data_left))
+        elif self._left is not None:
+            count = min(len(view), self._room)
+            self._left -= count
+            self._skip(count)
+        else:
+            self._read_prefix(view)
         return True
 
-    def _put(self, part: memoryview) -> int:
-        if self._body is None:
-            count = min(len(part), PREFIX_BYTES - len(self._prefix))
-            self._prefix += part[:count]
-            if len(self._prefix) == PREFIX_BYTES:
-                self._begin_message()
-            return count
-        count = min(len(part), self._body_bytes - self._body_at)
-        self._body[self._body_at : self._body_at + count] = part[:count]
-        self._grow(count)
-        return count
+    def _skip(self, count: int) -> None:
+        self._at += count
+        self._data_left -= count
 
-    def _begin_message(self) -> None:
-        compressed, size = self._prefix[0], int.from_bytes(self._prefix[1:], "big")
-        self._prefix.clear()
+    def _read_prefix(self, view: memoryview) -> None:
+        count = min(len(view), self._data_left, PREFIX_BYTES - len(self._prefix))
+        self._prefix += view[:count]
+        self._skip(count)
+        if len(self._prefix) == PREFIX_BYTES:
+            compressed, size = self._prefix[0], int.from_bytes(self._prefix[1:], "big")
+            self._prefix.clear()
+            fault = self._fault_of(compressed, size)
+            if fault is None:
+                self._left = size
+            else:
+                self.drop_call()
+                self._handler.call_failed(fault)
+
+    def _fault_of(self, compressed: int, size: int) -> CallFault | None:
         if compressed:
-            raise CallFault(12, "a compressed message; this method takes identity only")
+            return CallFault(12, "a compressed message; this method takes identity only")
         if size > self._most_message_bytes:
-            raise CallFault(8, f"a message of {size} bytes, at most {self._most_message_bytes} are taken")
-        self._body, self._body_at, self._body_bytes = self._memory(size + _AHEAD_BYTES), 0, size
-        self._grow(0)
-
-    def _grow(self, count: int) -> None:
-        assert self._body is not None
-        self._body_at += count
-        if self._body_at == self._body_bytes:
-            self._message, self._body = self._body[: self._body_bytes].toreadonly(), None
-
-    def _memory(self, size: int) -> memoryview:
-        while self._free:
-            memory = self._free.pop()
-            if len(memory) >= size:
-                return memory
-        return memoryview(mmap.mmap(-1, max(_SMALLEST_BUFFER_BYTES, 1 << (size - 1).bit_length())))
+            return CallFault(8, f"a message of {size} bytes, at most {self._most_message_bytes} are taken")
+        return None

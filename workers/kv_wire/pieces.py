@@ -1,4 +1,4 @@
-"""Lists of byte pieces that are written without being joined."""
+"""Lists of byte pieces that are written without being joined, or filled one after another."""
 
 from __future__ import annotations
 
@@ -26,3 +26,14 @@ def drop(pieces: Sequence[Piece], size: int) -> list[Piece]:
             return [memoryview(piece)[size:], *pieces[number + 1 :]]
         size -= len(piece)
     return []
+
+
+def first_of(views: Sequence[memoryview], size: int) -> list[memoryview]:
+    """The first `size` bytes, or all if there are not so many."""
+    found: list[memoryview] = []
+    for view in views:
+        if size < view.nbytes:
+            return [*found, view[:size]] if size else found
+        found.append(view)
+        size -= view.nbytes
+    return found

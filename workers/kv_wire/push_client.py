@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 import grpc
@@ -88,6 +88,21 @@ class PushCall(Generic[Reply]):
         except ConnectionLost as lost:
             raise self._broken(lost) from lost
 
+    def write_now(self, message: Sequence[Piece]) -> Awaitable[None] | None:
+        """As `write`, begun at once; raises nothing itself. None when the kernel has taken everything, else what to await,
+        unless the call is cancelled."""
+        if self._headers is not None or self._connection.failed is not None:
+            return self.write(message)
+        size = sum(len(piece) for piece in message)
+        rest = self._connection.send_now([b"\0" + size.to_bytes(PREFIX_BYTES - 1, "big"), *message])
+        return None if rest is None else self._finish(rest)
+
+    async def _finish(self, rest: Awaitable[None]) -> None:
+        try:
+            await rest
+        except ConnectionLost as lost:
+            raise self._broken(lost) from lost
+
     async def done_writing(self) -> None:
         """Nothing more is written. Raises AioRpcError."""
         try:
@@ -101,7 +116,8 @@ class PushCall(Generic[Reply]):
     async def __anext__(self) -> Reply:
         """The next reply. Raises AioRpcError with the status of a call that did not end well."""
         try:
-            message = await self._connection.next_message()
+            incoming = await self._connection.next_message()
+            message = None if incoming is None else await incoming.whole()
         except ConnectionLost as lost:
             raise self._broken(lost) from lost
         if message is not None:

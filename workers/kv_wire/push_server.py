@@ -3,8 +3,8 @@
     IDLE -> CALLED -> IDLE   headers of a known method, then its trailers; anything else is answered in trailers at once
     any -> LOST              the peer hung up, broke the protocol, was idle for too long, or this side closed
 
-A handler is an async generator: messages in, replies out. Messages are views that are valid until the next one is asked for.
-When the connection breaks, whoever asks for a message hears PeerUnavailable.
+A handler is an async generator: messages in, replies out. A message is given as soon as it has begun, and is valid until the
+next one is asked for. When the connection breaks, whoever asks for a message, or reads one, hears PeerUnavailable.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from workers.kv_wire.connection import Connection, ConnectionLost
 from workers.kv_wire.grpc_status import trailers
 from workers.kv_wire.h2_frames import Code, WireFault, reset
 from workers.kv_wire.header_blocks import Headers
+from workers.kv_wire.incoming import Incoming
 from workers.kv_wire.message_reader import PREFIX_BYTES, CallFault
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ _BACKLOG = 128
 _UNIMPLEMENTED = 12
 _ANSWER = [(":status", "200"), ("content-type", "application/grpc")]
 
-Handler = Callable[[AsyncIterator[memoryview]], AsyncGenerator[bytes, None]]
+Handler = Callable[[AsyncIterator[Incoming]], AsyncGenerator[bytes, None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,17 +211,22 @@ class _ServerConnection(Connection):
             return [*first, *trailers(self._fault.status, str(self._fault))]
         return [*first, *trailers(0)]
 
-    async def _messages(self) -> AsyncIterator[memoryview]:
+    async def _messages(self) -> AsyncIterator[Incoming]:
         while True:
             try:
                 message = await self.next_message()
             except ConnectionLost as lost:
-                raise PeerUnavailable(f"the stream broke: {lost}") from lost
+                raise self.loss_of_message() from lost
             if self._call_is_reset:
-                raise PeerUnavailable("the sender ended the stream")
+                raise self.loss_of_message()
             if message is None:
                 return
             yield message
+
+    def loss_of_message(self) -> Exception:
+        if self._call_is_reset:
+            return PeerUnavailable("the sender ended the stream")
+        return PeerUnavailable(f"the stream broke: {super().loss_of_message()}")
 
     def _wait_idle(self) -> None:
         if not self.is_lost:

@@ -20,8 +20,17 @@ from typing import Any, TypeVar
 
 from protos.contract.errors import EngineFailure, StaleEpoch
 from workers.engine_api.pool_memory import PoolMemory
-from workers.engine_api.protocol import Engine
-from workers.engine_api.types import CacheEvent, DiskAudit, EngineRequest, KvLayout, LayerProgress, PrefixTicket, StepResult
+from workers.engine_api.protocol import Engine, KvRoom
+from workers.engine_api.types import (
+    CacheEvent,
+    DiskAudit,
+    EngineRequest,
+    KvLayout,
+    KvPlace,
+    LayerProgress,
+    PrefixTicket,
+    StepResult,
+)
 from workers.service.failpoints import Failpoints
 
 logger = logging.getLogger(__name__)
@@ -196,6 +205,10 @@ class EngineThread:
     def import_kv(self, block_id: int, group: int, offset_bytes: int, data: memoryview) -> memoryview | None:
         """See Engine.import_kv."""
         return self.engine.import_kv(block_id, group, offset_bytes, data)
+
+    def import_room(self, places: tuple[KvPlace, ...]) -> KvRoom | None:
+        """See Engine.import_room."""
+        return self.engine.import_room(places)
 
     # -- on the engine's thread -----------------------------------------------------------------------------------------
 

@@ -91,6 +91,10 @@ class OracleRunner:
         written[:] = np.frombuffer(data, dtype=np.uint8)
         return written.data.toreadonly()
 
+    def writable_group(self, block_id: int, group: int) -> memoryview | None:
+        start, size = self._span(block_id, group)
+        return self._bytes[start : start + size].data
+
     def close(self) -> None:
         """Nothing to free: the pool goes with the runner, and views of it stay valid."""
 

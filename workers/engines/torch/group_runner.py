@@ -149,6 +149,10 @@ class GroupRunner:
         written = self._inner.write_block(*pieces[0])
         return written if self._shares[0].parts == 1 else None
 
+    def writable_group(self, block_id: int, group: int) -> memoryview | None:
+        """None: every rank has to get its share."""
+        return None
+
     def close(self) -> None:
         """Ends the group and frees the pool. Idempotent."""
         self._hub.close()

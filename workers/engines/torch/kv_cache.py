@@ -113,6 +113,11 @@ class KvCache:
         self._copies.write(self._rows.view(torch.uint8).flatten()[start : start + data.nbytes], data)
         return None
 
+    def writable(self, block_id: int, group: int) -> memoryview | None:
+        """The bytes of one layer group where they lie, None on devices that the process cannot look into."""
+        start, size = self._span(block_id, group)
+        return None if self._bytes is None else self._bytes[start : start + size].data
+
     def close(self) -> None:
         """Frees the pool. Views that are still held keep their memory."""
         self._bytes = None

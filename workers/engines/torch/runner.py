@@ -95,6 +95,10 @@ class TorchRunner:
         """See Runner.write_block."""
         return self._cache.write(block_id, group, offset_bytes, data)
 
+    def writable_group(self, block_id: int, group: int) -> memoryview | None:
+        """See Runner.writable_group."""
+        return self._cache.writable(block_id, group)
+
     def close(self) -> None:
         """Frees the pool. Idempotent."""
         self._cache.close()

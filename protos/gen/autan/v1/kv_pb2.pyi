@@ -112,27 +112,33 @@ class OpenReply(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., credit_bytes: _Optional[int] = ..., first_block: _Optional[int] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ..., next_blocks: _Optional[_Iterable[int]] = ..., shared_pool: _Optional[_Union[SharedPoolAnswer, _Mapping]] = ..., push_port: _Optional[int] = ...) -> None: ...
 
 class PushFrame(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "data", "end", "more", "stream")
+    __slots__ = ("transfer_id", "epoch", "end", "stream", "blocks", "payload")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
-    MORE_FIELD_NUMBER: _ClassVar[int]
     STREAM_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
-    data: BlockFrame
     end: EndFrame
-    more: _containers.RepeatedCompositeFieldContainer[BlockFrame]
     stream: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., data: _Optional[_Union[BlockFrame, _Mapping]] = ..., end: _Optional[_Union[EndFrame, _Mapping]] = ..., more: _Optional[_Iterable[_Union[BlockFrame, _Mapping]]] = ..., stream: _Optional[int] = ...) -> None: ...
+    blocks: BlockFrames
+    payload: bytes
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., end: _Optional[_Union[EndFrame, _Mapping]] = ..., stream: _Optional[int] = ..., blocks: _Optional[_Union[BlockFrames, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class BlockFrames(_message.Message):
+    __slots__ = ("parts",)
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    parts: _containers.RepeatedCompositeFieldContainer[BlockFrame]
+    def __init__(self, parts: _Optional[_Iterable[_Union[BlockFrame, _Mapping]]] = ...) -> None: ...
 
 class BlockFrame(_message.Message):
-    __slots__ = ("block_index", "layer_group", "offset_bytes", "payload", "digest", "encoding", "pool_offset", "pool_bytes")
+    __slots__ = ("block_index", "layer_group", "offset_bytes", "payload_bytes", "digest", "encoding", "pool_offset", "pool_bytes")
     BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
     LAYER_GROUP_FIELD_NUMBER: _ClassVar[int]
     OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
-    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     POOL_OFFSET_FIELD_NUMBER: _ClassVar[int]
@@ -140,12 +146,12 @@ class BlockFrame(_message.Message):
     block_index: int
     layer_group: int
     offset_bytes: int
-    payload: bytes
+    payload_bytes: int
     digest: bytes
     encoding: KvEncoding
     pool_offset: int
     pool_bytes: int
-    def __init__(self, block_index: _Optional[int] = ..., layer_group: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ..., pool_offset: _Optional[int] = ..., pool_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, block_index: _Optional[int] = ..., layer_group: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., encoding: _Optional[_Union[KvEncoding, str]] = ..., pool_offset: _Optional[int] = ..., pool_bytes: _Optional[int] = ...) -> None: ...
 
 class EndFrame(_message.Message):
     __slots__ = ("num_tokens", "next_token_ids", "first_output_index", "timeline", "since_prefill_s", "next_logprobs", "digest")

@@ -82,7 +82,7 @@ def test_every_wrong_field_is_refused(changes: dict[str, Any], error: type[Autan
     "changes",
     [
         {"model": "n"}, {"architecture": "llama"}, {"weights_digest": "1"}, {"tokenizer_digest": "1"}, {"dtype": "float32"},
-        {"block_tokens": 8}, {"num_layers": 3}, {"row_bytes": 16}, {"kv_layout": "gqa:k+v"}, {"protocol_version": 2},
+        {"block_tokens": 8}, {"num_layers": 3}, {"row_bytes": 16}, {"kv_layout": "gqa:k+v"}, {"protocol_version": 3},
     ],
 )  # fmt: skip
 def test_a_fingerprint_mismatch_names_the_field(changes: dict[str, Any]) -> None:
