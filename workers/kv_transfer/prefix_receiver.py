@@ -46,68 +46,6 @@ class PrefixExpectation(Expectation):
     most_blocks: int
 
 
-class PrefixReceiver(Receiver):
-    """All prefixes on their way here. `hooks.arrived` tells that one is in the cache, `hooks.ended` that no more comes."""
-
-    def __init__(
-        self,
-        *,
-        port: EnginePort,
-        hooks: ReceiverHooks,
-        ledger: Ledger,
-        counters: TransferCounters,
-        limits: ReceiveLimits,
-        reach: Callable[[str], Awaitable[None]],
-        authority: Authority,
-        compression: ExactCompression = "none",
-    ) -> None:
-        super().__init__(
-            port=port,
-            hooks=hooks,
-            ledger=ledger,
-            counters=counters,
-            limits=limits,
-            reach=reach,
-            authority=authority,
-            compression=compression,
-        )
-        self._kept: dict[tuple[str, int], int] = {}  # blocks of transfers that ended early, until `end`
-        self._returns = _Returns(port, hooks, ledger, self._table, self._tasks, self._kept)
-        self._reservations = _Reservations(
-            port=port,
-            hooks=hooks,
-            ledger=ledger,
-            limits=limits,
-            table=self._table,
-            returns=self._returns,
-            compression=compression,
-        )
-        self._commitments = _Commitments(
-            port=port,
-            hooks=hooks,
-            ledger=ledger,
-            authority=authority,
-            reach=self._pass_by,
-            progress_timeout_s=limits.progress_timeout_s,
-            returns=self._returns,
-            tasks=self._tasks,
-        )
-
-    def came(self, request_id: str, epoch: int) -> int:
-        """Blocks that were brought and verified for a request so far."""
-        transfer = self._table.of_request(request_id)
-        if transfer is None or transfer.epoch != epoch:
-            return self._kept.get((request_id, epoch), 0)
-        return _came(transfer)
-
-    async def end(self, request_id: str, epoch: int, error: StaleEpoch) -> None:
-        """Nothing more may come for the request at this epoch; what is verified stays. Returns when the engine knows."""
-        self.abort_request(request_id, epoch, error)
-        await self._returns.over(request_id)
-        self._kept.pop((request_id, epoch), None)
-        self._authority.spend(request_id, epoch)
-
-
 class _Reservations(Reservations):
     async def open(self, claim: kv.OpenRequest, here: Addressee) -> kv.OpenReply:
         if claim.num_blocks:
@@ -170,21 +108,62 @@ class _Commitments(Commitments):
 
 class _Returns(Returns):
     def __init__(
-        self,
-        port: EnginePort,
-        hooks: ReceiverHooks,
-        ledger: Ledger,
-        table: TransferTable,
-        tasks: ReceiverTasks,
-        kept: dict[tuple[str, int], int],
+        self, port: EnginePort, hooks: ReceiverHooks, ledger: Ledger, table: TransferTable, tasks: ReceiverTasks
     ) -> None:
         super().__init__(port, hooks, ledger, table, tasks)
-        self._kept = kept
+        self.kept: dict[tuple[str, int], int] = {}  # blocks of transfers that ended early, until PrefixReceiver.end
 
     def _drop(self, transfer: Transfer) -> asyncio.Future[Any]:
         loan, count, is_over = _loan(transfer), _came(transfer), transfer.in_engine
-        self._kept[transfer.request_id, transfer.epoch] = count
+        self.kept[transfer.request_id, transfer.epoch] = count
         return self._port.call(lambda engine: None if is_over else engine.import_prefix_commit(loan.ticket_id, count))
+
+
+class PrefixReceiver(Receiver):
+    """All prefixes on their way here. `hooks.arrived` tells that one is in the cache, `hooks.ended` that no more comes."""
+
+    reservations = _Reservations
+    commitments = _Commitments
+    returns = _Returns
+
+    def __init__(
+        self,
+        *,
+        port: EnginePort,
+        hooks: ReceiverHooks,
+        ledger: Ledger,
+        counters: TransferCounters,
+        limits: ReceiveLimits,
+        reach: Callable[[str], Awaitable[None]],
+        authority: Authority,
+        compression: ExactCompression = "none",
+    ) -> None:
+        super().__init__(
+            port=port,
+            hooks=hooks,
+            ledger=ledger,
+            counters=counters,
+            limits=limits,
+            reach=reach,
+            authority=authority,
+            compression=compression,
+        )
+        assert isinstance(self._returns, _Returns)
+        self._kept = self._returns.kept
+
+    def came(self, request_id: str, epoch: int) -> int:
+        """Blocks that were brought and verified for a request so far."""
+        transfer = self._table.of_request(request_id)
+        if transfer is None or transfer.epoch != epoch:
+            return self._kept.get((request_id, epoch), 0)
+        return _came(transfer)
+
+    async def end(self, request_id: str, epoch: int, error: StaleEpoch) -> None:
+        """Nothing more may come for the request at this epoch; what is verified stays. Returns when the engine knows."""
+        self.abort_request(request_id, epoch, error)
+        await self._returns.over(request_id)
+        self._kept.pop((request_id, epoch), None)
+        self._authority.spend(request_id, epoch)
 
 
 def _came(transfer: Transfer) -> int:

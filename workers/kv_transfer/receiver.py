@@ -46,7 +46,11 @@ async def _pass(point: str) -> None:
 
 
 class Receiver:
-    """All incoming transfers of one process."""
+    """All incoming transfers of one process. Kinds of transfers differ in the three classes that begin and end them."""
+
+    reservations: type[Reservations] = Reservations
+    commitments: type[Commitments] = Commitments
+    returns: type[Returns] = Returns
 
     def __init__(
         self,
@@ -70,8 +74,8 @@ class Receiver:
         self._pools = PoolMappings(enabled=limits.shared_memory, idle_s=limits.remember_s)
         self._tasks = ReceiverTasks()
         self._placement = Placement(port, counters)
-        self._returns = Returns(port, hooks, ledger, self._table, self._tasks)
-        self._reservations = Reservations(
+        self._returns = self.returns(port, hooks, ledger, self._table, self._tasks)
+        self._reservations = self.reservations(
             port=port,
             hooks=hooks,
             ledger=ledger,
@@ -80,7 +84,7 @@ class Receiver:
             returns=self._returns,
             compression=compression,
         )
-        self._commitments = Commitments(
+        self._commitments = self.commitments(
             port=port,
             hooks=hooks,
             ledger=ledger,

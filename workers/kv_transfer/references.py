@@ -1,8 +1,8 @@
 """From references into a shared pool to verified bytes in the own one.
 
 Bytes are copied on the event loop, in the same step as the check that the transfer is still open, so nothing is ever written
-into blocks that were given back. Digests are taken of the copy, never of the shared bytes, which may change between a check
-and a use; large ones on other threads, while the loop copies on.
+into blocks that were given back. Digests are taken of the copy while it is in the processor's cache, never of the shared bytes,
+which may change between a check and a use.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ from collections.abc import Sequence
 from protos.contract.errors import BadFrame
 from workers.kv_transfer.attachment import Attachment
 from workers.kv_transfer.counters import TransferCounters
-from workers.kv_transfer.frames import Reassembly
 from workers.kv_transfer.lifecycle import ReceiveState
 from workers.kv_transfer.port import EnginePort
 from workers.kv_transfer.push_codec import BlockHead
 from workers.kv_transfer.transfer import Transfer
 
-_TURN_BYTES = 1024 * 1024  # copied in one turn of the event loop: a quarter of a millisecond
-_THREAD_BYTES = 128 * 1024  # xxhash lets other threads run while it reads this much, and not for less
-
-Copied = tuple[BlockHead, memoryview]
+_TURN_BYTES = 2 * 1024 * 1024  # copied and digested in one turn of the event loop: less than a millisecond
 
 
 class References:
@@ -34,7 +30,7 @@ class References:
         self._in_place = True  # the engine shows what was written
 
     async def land(self, at: Attachment, frames: Sequence[BlockHead]) -> None:
-        """Checks credit and place of all frames, copies their bytes, then verifies and counts them.
+        """Checks credit and place of all frames, then copies, verifies and counts their bytes one after another.
 
         Raises what `at.check_current` raises when the transfer ends or another stream takes over meanwhile: nothing more is
         written or counted then. Raises BadFrame, having written nothing, for a frame that is not exactly the next or names
@@ -49,21 +45,16 @@ class References:
         at.stripe.spend(sum(frame.pool_bytes for frame in frames))
         reassembly.check_references(frames)
         sources = [pool.view(frame.pool_offset, frame.pool_bytes) for frame in frames]
-        digests: list[asyncio.Future[list[bytes]]] = []
-        turn: list[Copied] = []
         turn_bytes = 0
         for frame, source in zip(frames, sources, strict=True):
-            turn.append((frame, self._copy(transfer, frame, source)))
-            turn_bytes += frame.pool_bytes
             if turn_bytes >= _TURN_BYTES:
-                digests.append(_digests(reassembly, turn))
-                turn, turn_bytes = [], 0
+                turn_bytes = 0
                 await asyncio.sleep(0)
                 at.check_current()
-        digests.append(_digests(reassembly, turn))
-        taken = [digest for part in digests for digest in await part]
-        at.check_current()
-        self._count(at, frames, taken)
+            turn_bytes += frame.pool_bytes
+            copied = self._copy(transfer, frame, source)
+            reassembly.accept_reference(frame, reassembly.digest_of(frame, copied))
+            self._count(at, frame)
 
     def _copy(self, transfer: Transfer, frame: BlockHead, source: memoryview) -> memoryview:
         """A copy that no other process can change; the same bytes are in the pool."""
@@ -77,26 +68,10 @@ class References:
         self._port.import_kv(block_id, frame.layer_group, 0, own)
         return own
 
-    def _count(self, at: Attachment, frames: Sequence[BlockHead], digests: Sequence[bytes]) -> None:
-        reassembly, blocks = at.stripe.reassembly, 0
-        for frame, digest in zip(frames, digests, strict=True):
-            reassembly.accept_reference(frame, digest)
-            blocks += reassembly.next_block != frame.block_index
-        size = sum(frame.pool_bytes for frame in frames)
-        self._counters.kv_bytes_received += size
-        self._counters.kv_bytes_mapped += size
-        self._counters.kv_blocks_received += blocks
-        if blocks and at.transfer.is_ending:
-            at.transfer.news.ring()
-
-
-def _digests(reassembly: Reassembly, copied: list[Copied]) -> asyncio.Future[list[bytes]]:
-    def take() -> list[bytes]:
-        return [reassembly.digest_of(frame, data) for frame, data in copied]
-
-    loop = asyncio.get_running_loop()
-    if any(frame.pool_bytes >= _THREAD_BYTES for frame, _ in copied):
-        return loop.run_in_executor(None, take)
-    taken: asyncio.Future[list[bytes]] = loop.create_future()
-    taken.set_result(take())
-    return taken
+    def _count(self, at: Attachment, frame: BlockHead) -> None:
+        self._counters.kv_bytes_received += frame.pool_bytes
+        self._counters.kv_bytes_mapped += frame.pool_bytes
+        if at.stripe.reassembly.next_block != frame.block_index:
+            self._counters.kv_blocks_received += 1
+            if at.transfer.is_ending:
+                at.transfer.news.ring()

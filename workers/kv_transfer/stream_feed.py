@@ -20,6 +20,8 @@ from workers.kv_transfer.push_codec import data_pieces, encode_other
 from workers.kv_transfer.push_stream import PushStream
 from workers.kv_transfer.striping import count_between
 
+_MOST_NAMED_BYTES = 4 * 1024 * 1024  # of a shared pool in one message: the receiver copies these while the next are digested
+
 
 @dataclass(slots=True)
 class Supply:
@@ -74,7 +76,7 @@ class StreamFeed:
         self._next_block = plan.next_blocks[number]
         self._source = KvSource(context.port, scope, plan.encoding, context.segment() if plan.mapped else None)
         limit_bytes = min(context.frame_bytes, plan.credit_bytes // 2)
-        self._batch = Batch(limit_bytes, plan.credit_bytes // 2 if plan.mapped else 0)
+        self._batch = Batch(limit_bytes, min(_MOST_NAMED_BYTES, plan.credit_bytes // 2) if plan.mapped else 0)
         self._stream: PushStream | None = None
 
     @property
