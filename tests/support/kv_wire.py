@@ -161,13 +161,3 @@ def reroute(url: str, cluster: str, instance_id: str, address: str) -> str:
 def _serialised(message: kv.PushFrame | bytes) -> bytes:
     """What a test made by hand goes out as it is."""
     return message if isinstance(message, bytes) else message.SerializeToString()
-
-
-def flip(frame: kv.PushFrame) -> kv.PushFrame:
-    """The frame with one bit of its payload changed."""
-    changed = kv.PushFrame()
-    changed.CopyFrom(frame)
-    payload = bytearray(changed.data.payload)
-    payload[len(payload) // 2] ^= 1
-    changed.data.payload = bytes(payload)
-    return changed

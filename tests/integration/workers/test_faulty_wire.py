@@ -10,7 +10,8 @@ import pytest
 from configs.schema.network import NetworkConfig
 from protos.contract.redis_names import pack_tokens, unpack_tokens
 from protos.wire import kv
-from tests.support.kv_wire import FaultyWire, Mutate, flip, put_wire
+from tests.support.kv_wire import FaultyWire, Mutate, put_wire
+from tests.support.push_frames import first_head, flip, message_of, parts_of, with_parts
 from tests.support.store import FreshStore
 from tests.support.worker_world import NETWORK, WorkerWorld, prompt, until, worker_world
 
@@ -74,7 +75,7 @@ def test_a_changed_first_token_is_sent_again_from_the_source(fresh_store: FreshS
 
 def test_a_wire_that_always_flips_ends_in_another_prefill(fresh_store: FreshStore) -> None:
     async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
-        wire.mutate = lambda n, frame: [flip(frame)] if frame.WhichOneof("body") == "data" else [frame]
+        wire.mutate = lambda n, frame: [flip(frame)] if frame.HasField("blocks") else [frame]
         request = await send(world)
         await world.ended(request, "QUEUED")
         assert wire.opens == 2, "one retry from the source, no more"
@@ -94,15 +95,17 @@ def test_blocks_that_trade_places_never_decode(fresh_store: FreshStore) -> None:
 
         def swap(n: int, frame: kv.PushFrame) -> list[kv.PushFrame]:
             """Payload and digest of the second block travel as those of the third and the other way round."""
-            if frame.WhichOneof("body") != "data" or frame.data.block_index not in (1, 2) or len(held) > 1:
+            if first_head(frame).block_index not in (1, 2) or len(held) > 1:
                 return [frame]
             held.append(frame)
             if len(held) == 1:
                 return []
             first, second = held
-            first.data.payload, second.data.payload = second.data.payload, first.data.payload
-            first.data.digest, second.data.digest = second.data.digest, first.data.digest
-            return [first, second]
+            (one,), (other,) = parts_of(first), parts_of(second)
+            return [
+                with_parts(first, [one.with_bytes(other.payload, digest=other.head.digest)]),
+                with_parts(second, [other.with_bytes(one.payload, digest=one.head.digest)]),
+            ]
 
         wire.mutate = swap
         await world.answered(await send(world))
@@ -118,7 +121,7 @@ def test_blocks_that_trade_places_never_decode(fresh_store: FreshStore) -> None:
         pytest.param(lambda frame: [], id="lost"),
         pytest.param(lambda frame: [frame, frame], id="twice"),
         pytest.param(lambda frame: [kv.PushFrame(transfer_id=frame.transfer_id, epoch=frame.epoch + 1)], id="epoch"),
-        pytest.param(lambda frame: [kv.PushFrame(transfer_id="f" * 32, epoch=frame.epoch, data=frame.data)], id="transfer"),
+        pytest.param(lambda frame: [message_of("f" * 32, frame.epoch, parts_of(frame))], id="transfer"),
     ],
 )
 def test_a_frame_out_of_place_ends_the_hand_off(
@@ -177,7 +180,7 @@ def test_a_lost_commit_reply_is_looked_up(fresh_store: FreshStore) -> None:
 
 def test_a_stream_that_ends_without_its_end_frame_is_not_committed(fresh_store: FreshStore) -> None:
     async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
-        wire.mutate = lambda n, frame: [] if frame.WhichOneof("body") == "end" else [frame]
+        wire.mutate = lambda n, frame: [] if frame.HasField("end") else [frame]
         request = await send(world)
         await world.ended(request, "QUEUED")
         assert world.hosts["decode-0"].engine.stats().decode_tokens == 0
@@ -190,15 +193,8 @@ FOUR_BLOCKS = NETWORK.model_copy(update={"frame_bytes": 4096})  # as many as a c
 
 
 def test_a_flipped_bit_in_a_later_block_of_a_message_is_sent_again(fresh_store: FreshStore) -> None:
-    def flip_third(frame: kv.PushFrame) -> list[kv.PushFrame]:
-        changed = kv.PushFrame()
-        changed.CopyFrom(frame)
-        part = changed.more[1]
-        part.payload = bytes([part.payload[0] ^ 1]) + part.payload[1:]
-        return [changed]
-
     async def scenario(world: WorkerWorld, wire: FaultyWire) -> None:
-        wire.mutate = once(1, flip_third)
+        wire.mutate = once(1, lambda frame: [flip(frame, at=2)])
         got = await world.answered(await send(world))
         assert wire.opens == 2 and got.timelines[-1].attempts == 0
         await world.clean()

@@ -16,6 +16,7 @@ from protos.contract.redis_names import pack_tokens
 from protos.rpc import error_of, kv_pb2_grpc, open_channel
 from protos.wire import common, fingerprint_key, kv
 from tests.support.kv_wire import FaultyWire, put_wire
+from tests.support.push_frames import message_of, part
 from tests.support.store import FreshStore
 from tests.support.worker_world import BLOCK_TOKENS, NETWORK, TIMING, WorkerWorld, prompt, until, worker_world
 from workers.kv_transfer.block_names import sequence_hashes
@@ -145,10 +146,10 @@ def test_forged_opens_reserve_nothing(fresh_store: FreshStore) -> None:
 
 def data(forge: Forger, transfer_id: str, block: int, **changes: Any) -> kv.PushFrame:
     values: dict[str, Any] = {
-        "block_index": block, "layer_group": 0, "offset_bytes": 0, "payload": b"\0" * forge.d.engine.layout.group_bytes(0),
+        "payload": b"\0" * forge.d.engine.layout.group_bytes(0), "block_index": block, "layer_group": 0, "offset_bytes": 0,
         "digest": b"\0" * 16,
     }  # fmt: skip
-    return kv.PushFrame(transfer_id=transfer_id, epoch=forge.epoch, data=kv.BlockFrame(**(values | changes)))
+    return message_of(transfer_id, forge.epoch, [part(**(values | changes))])
 
 
 @pytest.mark.parametrize(
@@ -182,14 +183,11 @@ def test_forged_frames_end_the_transfer_and_free_its_blocks(
 def test_forged_further_parts_end_the_transfer_and_free_its_blocks(fresh_store: FreshStore) -> None:
     async def scenario(forge: Forger) -> None:
         reply = await forge.open()
-        frame = data(forge, reply.transfer_id, 0, payload=b"\0" * 8, digest=b"")
-        frame.more.add(block_index=0, layer_group=0, offset_bytes=16, payload=b"\0" * 8)
-        assert await forge.push([frame]) == "BAD_FRAME"
+        gap = [part(b"\0" * 8), part(b"\0" * 8, offset_bytes=16)]
+        assert await forge.push([message_of(reply.transfer_id, forge.epoch, gap)]) == "BAD_FRAME"
         await until(lambda: forge.d.engine.stats().used_blocks == 0, "the blocks are free")
         reply = await forge.open()
-        crowd = kv.PushFrame(
-            transfer_id=reply.transfer_id, epoch=forge.epoch, data=kv.BlockFrame(), more=[kv.BlockFrame()] * 5000
-        )
+        crowd = message_of(reply.transfer_id, forge.epoch, [part()] * 5000)
         assert await forge.push([crowd]) == "INVALID_REQUEST", "more parts than a message may have"
         await until(lambda: forge.d.engine.stats().used_blocks == 0, "the blocks are free again")
 

@@ -15,7 +15,8 @@ from protos.wire import kv
 from tests.integration.workers.test_hostile_sender import BLOCKS, TOKENS, Forger, data, forger
 from tests.integration.workers.test_moves import migrate
 from tests.integration.workers.test_torch_handoff import submit
-from tests.support.kv_wire import flip, put_wire
+from tests.support.kv_wire import put_wire
+from tests.support.push_frames import flip
 from tests.support.store import FreshStore
 from tests.support.worker_world import BLOCK_TOKENS, NETWORK, WorkerWorld, prompt, until, worker_world
 from workers.kv_transfer.encodings import Encoding

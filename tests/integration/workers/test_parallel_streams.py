@@ -10,7 +10,8 @@ import pytest
 
 from configs.schema.network import NetworkConfig
 from protos.wire import kv
-from tests.support.kv_wire import FaultyWire, flip, put_wire
+from tests.support.kv_wire import FaultyWire, put_wire
+from tests.support.push_frames import first_head, flip, message_of, parts_of
 from tests.support.store import FreshStore
 from tests.support.worker_world import NETWORK, WorkerWorld, prompt, slow, until, worker_world
 
@@ -52,8 +53,8 @@ def stripes_of(seen: list[kv.PushFrame]) -> dict[int, list[int]]:
     """The blocks that travelled, by stream."""
     found: dict[int, list[int]] = {}
     for frame in seen:
-        if frame.WhichOneof("body") == "data":
-            found.setdefault(frame.stream, []).append(frame.data.block_index)
+        if frame.HasField("blocks"):
+            found.setdefault(frame.stream, []).append(first_head(frame).block_index)
     return found
 
 
@@ -96,8 +97,8 @@ def test_a_flipped_bit_on_any_stream_is_sent_again_from_the_source(fresh_store: 
 
         def once(n: int, frame: kv.PushFrame) -> list[kv.PushFrame]:
             nonlocal data
-            data += frame.WhichOneof("body") == "data"
-            return [flip(frame)] if data == nth and frame.WhichOneof("body") == "data" else [frame]
+            data += frame.HasField("blocks")
+            return [flip(frame)] if data == nth and frame.HasField("blocks") else [frame]
 
         wire.mutate = once
         got = await world.answered(await send(world))
@@ -114,9 +115,9 @@ def test_a_cut_stream_goes_on_where_each_of_them_was(fresh_store: FreshStore, st
         passed: list[kv.PushFrame] = []
 
         def cut(n: int, frame: kv.PushFrame) -> list[kv.PushFrame] | None:
-            if not wire.cuts and frame.stream == stream and frame.data.block_index == stream + STREAMS:
+            if not wire.cuts and frame.stream == stream and first_head(frame).block_index == stream + STREAMS:
                 return None
-            if frame.WhichOneof("body") == "data":
+            if frame.HasField("blocks"):
                 passed.append(frame)
             return [frame]
 
@@ -137,11 +138,11 @@ def test_a_cut_stream_goes_on_where_each_of_them_was(fresh_store: FreshStore, st
         pytest.param(lambda frame: [], id="lost"),
         pytest.param(lambda frame: [frame, frame], id="twice"),
         pytest.param(
-            lambda frame: [kv.PushFrame(transfer_id=frame.transfer_id, epoch=frame.epoch, stream=9, data=frame.data)],
+            lambda frame: [message_of(frame.transfer_id, frame.epoch, parts_of(frame), 9)],
             id="foreign stream",
         ),
         pytest.param(
-            lambda frame: [kv.PushFrame(transfer_id=frame.transfer_id, epoch=frame.epoch, stream=0, data=frame.data)],
+            lambda frame: [message_of(frame.transfer_id, frame.epoch, parts_of(frame), 0)],
             id="number of another stream",
         ),
     ],
@@ -154,7 +155,7 @@ def test_a_frame_out_of_place_on_a_side_stream_ends_the_hand_off(
 
         def once(n: int, frame: kv.PushFrame) -> list[kv.PushFrame]:
             nonlocal changed
-            if changed or frame.data.block_index != 1 + STREAMS:
+            if changed or first_head(frame).block_index != 1 + STREAMS:
                 return [frame]
             changed += 1
             return change(frame)
@@ -175,7 +176,7 @@ def test_an_end_that_overtakes_the_other_streams_waits_for_them(fresh_store: Fre
         d = world.hosts["decode-0"]
         await world.answered(await send(world, 20))
         transfers = d.parts.receiver._table
-        gate = wire.gate_of(lambda frame: frame.data.block_index == 2 + STREAMS)
+        gate = wire.gate_of(lambda frame: first_head(frame).block_index == 2 + STREAMS)
         request = await send(world)
 
         def is_waiting() -> bool:

@@ -15,6 +15,7 @@ from protos.contract.block_hash import HASH_BYTES
 from protos.contract.capability import GRACE_MS, Grant, GrantKind, KeyFile, make_key_file
 from protos.rpc import error_of, kv_pb2_grpc, open_channel
 from protos.wire import fingerprint_key, kv
+from tests.support.push_frames import message_of, part
 from tests.support.store import FreshStore
 from tests.support.worker_world import BLOCK_TOKENS, TIMING, WorkerWorld, prompt, until, worker_world
 from workers.engine_api.types import EngineRequest, SamplingParams
@@ -206,8 +207,8 @@ async def push_damaged(stub: Any, reply: kv.OpenReply, attack: Attack, blocks: t
             data = bytes(attack.source.engine.export_kv(blocks[index], group))
             digest = scope.of(index, group, data)
             payload = bytes([data[0] ^ flip]) + data[1:]
-            part = kv.BlockFrame(block_index=index, layer_group=group, payload=payload, digest=digest)
-            frames.append(kv.PushFrame(transfer_id=reply.transfer_id, epoch=attack.epoch, data=part))
+            made = part(payload, block_index=index, layer_group=group, digest=digest)
+            frames.append(message_of(reply.transfer_id, attack.epoch, [made]))
         return frames
 
     frames = block(0)

@@ -17,6 +17,7 @@ from tests.integration.workers.test_process import launched
 from tests.integration.workers.test_torch_handoff import alone
 from tests.integration.workers.test_torch_handoff import submit as submit_tiny
 from tests.support.kv_wire import FaultyWire, put_wire
+from tests.support.push_frames import first_head
 from tests.support.store import FreshStore
 from tests.support.worker_world import BLOCK_TOKENS, NETWORK, WorkerWorld, prompt, slow, until, worker_world
 
@@ -65,7 +66,7 @@ def test_every_block_travels_by_reference(fresh_store: FreshStore) -> None:
 
         def watch(n: int, frame: kv.PushFrame) -> list[kv.PushFrame]:
             nonlocal carried
-            carried += sum(len(one.payload) for one in (frame.data, *frame.more))
+            carried += len(frame.payload) + sum(one.payload_bytes for one in frame.blocks.parts)
             return [frame]
 
         wire.mutate = watch
@@ -109,10 +110,10 @@ def test_a_hostile_reference_ends_the_transfer_and_not_the_worker(
 
         def forge(n: int, frame: kv.PushFrame) -> list[kv.PushFrame]:
             nonlocal first
-            if first and frame.WhichOneof("body") == "data" and frame.data.block_index > 1:
+            if first and first_head(frame).block_index > 1:
                 first = False
                 for name, value in change.items():
-                    setattr(frame.data, name, value)
+                    setattr(frame.blocks.parts[0], name, value)
             return [frame]
 
         wire.mutate = forge
@@ -135,10 +136,10 @@ def test_bytes_that_change_after_their_digest_are_sent_again_once(fresh_store: F
         def change(n: int, frame: kv.PushFrame) -> list[kv.PushFrame]:
             """A bit of the sender's own pool changes while the reference is on its way, and changes back afterwards."""
             nonlocal changed
-            if not changed and frame.WhichOneof("body") == "data":
+            if not changed and frame.HasField("blocks"):
                 changed = True
                 pool = world.hosts["prefill-0"].engine._runner._bytes  # type: ignore[attr-defined]
-                at = frame.data.pool_offset + 5
+                at = frame.blocks.parts[0].pool_offset + 5
                 pool[at] ^= 1
                 land = world.hosts["decode-0"].parts.receiver._placement._references._copy
                 references = world.hosts["decode-0"].parts.receiver._placement._references
@@ -245,15 +246,15 @@ def test_random_damage_never_gives_a_wrong_token(fresh_store: FreshStore) -> Non
         rng = random.Random(11)
 
         def damage(n: int, frame: kv.PushFrame) -> list[kv.PushFrame] | None:
-            if frame.WhichOneof("body") != "data" or rng.random() > 0.02:
+            if not frame.HasField("blocks") or rng.random() > 0.02:
                 return [frame]
-            kind = rng.randrange(5)
+            kind, part = rng.randrange(5), frame.blocks.parts[0]
             if kind == 0:
-                frame.data.pool_offset = rng.getrandbits(rng.randint(1, 64))
+                part.pool_offset = rng.getrandbits(rng.randint(1, 64))
             elif kind == 1:
-                frame.data.pool_bytes = rng.getrandbits(32)
+                part.pool_bytes = rng.getrandbits(32)
             elif kind == 2:
-                frame.data.digest = rng.randbytes(16)
+                part.digest = rng.randbytes(16)
             elif kind == 3:
                 return [frame, frame]
             else:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from protos.contract.errors import BadFrame, DigestMismatch, HandoffError
 from protos.wire import kv
+from tests.support.push_frames import Part, frames_of, message_of, parts_of
 from workers.engine_api.types import KvLayout
 from workers.kv_transfer.digest import DigestScope
 from workers.kv_transfer.frames import Batch, Reassembly, split
@@ -25,25 +26,23 @@ def content(blocks: int = BLOCKS, seed: int = 0) -> list[list[bytes]]:
     return [[rng.randbytes(LAYOUT.group_bytes(g)) for g in range(LAYOUT.num_groups)] for _ in range(blocks)]
 
 
-def cut(data: list[list[bytes]], frame_bytes: int, first: int = 0, scope: DigestScope = SCOPE) -> list[kv.BlockFrame]:
-    frames: list[kv.BlockFrame] = []
+def cut(data: list[list[bytes]], frame_bytes: int, first: int = 0, scope: DigestScope = SCOPE) -> list[Part]:
+    frames: list[Part] = []
     for block in range(first, len(data)):
         for group, raw in enumerate(data[block]):
             view = memoryview(raw)
             for frame in split(block, group, view, scope.of(block, group, view), frame_bytes):
-                frames.append(kv.PushFrame.FromString(encode_data("t", 7, [frame])).data)
+                frames += parts_of(kv.PushFrame.FromString(encode_data("t", 7, [frame])))
     return frames
 
 
-def received(frame: kv.BlockFrame) -> DataFrame:
+def received(frame: Part) -> DataFrame:
     """As the receiver's codec reads what protobuf wrote."""
-    (data,) = decode_push(kv.PushFrame(transfer_id="t", epoch=7, data=frame).SerializeToString()).data
+    (data,) = frames_of(decode_push(message_of("t", 7, [frame]).SerializeToString()))
     return data
 
 
-def put_together(
-    frames: list[kv.BlockFrame], first: int = 0, blocks: int = BLOCKS
-) -> tuple[Reassembly, dict[tuple[int, int], bytes]]:
+def put_together(frames: list[Part], first: int = 0, blocks: int = BLOCKS) -> tuple[Reassembly, dict[tuple[int, int], bytes]]:
     reassembly, pool = Reassembly(LAYOUT, SCOPE, first, blocks), dict[tuple[int, int], bytes]()
     for frame in frames:
         accepted = reassembly.accept(received(frame))
@@ -87,7 +86,7 @@ def test_any_single_change_is_refused(data: st.DataObject) -> None:
         payload = bytearray(frames[at].payload)
         bit = data.draw(st.integers(0, 8 * len(payload) - 1))
         payload[bit // 8] ^= 1 << bit % 8
-        frames[at].payload = bytes(payload)
+        frames[at] = frames[at].beside(bytes(payload))
     elif kind == "repeat":
         frames.insert(at, frames[at])
     elif kind == "omit":
@@ -96,14 +95,15 @@ def test_any_single_change_is_refused(data: st.DataObject) -> None:
         other = data.draw(st.integers(0, len(frames) - 1).filter(lambda i: i != at))
         frames[at], frames[other] = frames[other], frames[at]
     elif kind == "digest":
-        frames[at].digest = b"" if frames[at].digest else b"x" * 16
+        frames[at] = frames[at].saying(digest=b"" if frames[at].head.digest else b"x" * 16)
     elif kind == "empty":
-        frames[at].payload = b""
+        frames[at] = frames[at].with_bytes(b"")
     elif kind == "longer":
-        frames[at].payload += b"\0" * 64
+        frames[at] = frames[at].with_bytes(frames[at].payload + b"\0" * 64)
     else:
         field = data.draw(st.sampled_from(["block_index", "layer_group", "offset_bytes"]))
-        setattr(frames[at], field, data.draw(st.integers(0, 2**32 - 1).filter(lambda v: v != getattr(frames[at], field))))
+        other_value = st.integers(0, 2**32 - 1).filter(lambda v: v != getattr(frames[at].head, field))
+        frames[at] = frames[at].saying(**{field: data.draw(other_value)})
     try:
         reassembly, _ = put_together(frames)
     except HandoffError:
@@ -113,8 +113,9 @@ def test_any_single_change_is_refused(data: st.DataObject) -> None:
 
 def test_payloads_of_two_blocks_swapped_do_not_verify() -> None:
     frames = cut(content(), 1000)
-    frames[0].payload, frames[3].payload = frames[3].payload, frames[0].payload
-    frames[0].digest, frames[3].digest = frames[3].digest, frames[0].digest
+    one, other = frames[0], frames[3]
+    frames[0] = one.with_bytes(other.payload, digest=other.head.digest)
+    frames[3] = other.with_bytes(one.payload, digest=one.head.digest)
     with pytest.raises(DigestMismatch):
         put_together(frames)
 
@@ -133,7 +134,7 @@ def test_field_boundaries_count_in_a_digest() -> None:
 def test_after_a_rewind_the_open_block_comes_again() -> None:
     frames = cut(content(), 40)
     reassembly = Reassembly(LAYOUT, SCOPE, 0, BLOCKS)
-    second = next(i for i, frame in enumerate(frames) if frame.block_index == 1)
+    second = next(i for i, frame in enumerate(frames) if frame.head.block_index == 1)
     for frame in frames[: second + 2]:
         reassembly.accept(received(frame))
     reassembly.rewind()
@@ -172,6 +173,6 @@ def test_batches_keep_order_and_bounds(limit_bytes: int, blocks: int) -> None:
     assert batch.take() == ([], []) and completed == list(range(blocks))
     reassembly, pool = Reassembly(LAYOUT, SCOPE, 0, blocks), b""
     for message in messages:
-        for part in decode_push(message).data:
-            pool += bytes(reassembly.accept(part).payload)
+        for frame in frames_of(decode_push(message)):
+            pool += bytes(reassembly.accept(frame).payload)
     assert reassembly.complete and pool == b"".join(raw for groups in data for raw in groups)

@@ -6,11 +6,13 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from protos.contract.errors import BadFrame, DigestMismatch
 from protos.wire import kv
+from tests.support.push_frames import frames_of
 from workers.engine_api.types import KvLayout
 from workers.kv_transfer.digest import DigestScope
 from workers.kv_transfer.encodings import Encoding, agreed, chosen, codec_of, offered
@@ -46,7 +48,7 @@ async def sent(groups: dict[Place, bytes], encoding: Encoding, frame_bytes: int)
     for (block, group), raw in groups.items():
         payload, digest = await packer.pack(block, group, memoryview(raw))
         frames += split(block, group, payload, digest, frame_bytes, encoding.value)
-    return [decode_push(encode_data("t", 7, [frame])).data[0] for frame in frames]
+    return [frames_of(decode_push(encode_data("t", 7, [frame])))[0] for frame in frames]
 
 
 async def arrived(frames: list[DataFrame], encoding: Encoding) -> dict[Place, bytes]:
@@ -92,28 +94,29 @@ async def is_refused(frames: list[DataFrame], encoding: Encoding, right: dict[Pl
 def change_payload(rng: random.Random, frame: DataFrame) -> DataFrame:
     payload = bytearray(frame.payload)
     payload[rng.randrange(len(payload))] ^= 1 << rng.randrange(8)
-    return replace(frame, payload=memoryview(bytes(payload)))
+    return frame._replace(payload=memoryview(bytes(payload)))
 
 
 def cut_payload(rng: random.Random, frame: DataFrame) -> DataFrame:
-    return replace(frame, payload=frame.payload[: rng.randrange(len(frame.payload))])
+    return frame._replace(payload=frame.payload[: rng.randrange(len(frame.payload))])
 
 
 def lengthen(rng: random.Random, frame: DataFrame) -> DataFrame:
-    return replace(frame, payload=memoryview(bytes(frame.payload) + rng.randbytes(rng.randrange(1, 3000))))
+    return frame._replace(payload=memoryview(bytes(frame.payload) + rng.randbytes(rng.randrange(1, 3000))))
 
 
 def change_place(rng: random.Random, frame: DataFrame) -> DataFrame:
     field = rng.choice(("block_index", "layer_group", "offset_bytes"))
-    return replace(frame, **{field: getattr(frame, field) ^ (1 << rng.randrange(32))})
+    change: dict[str, Any] = {field: getattr(frame, field) ^ (1 << rng.randrange(32))}
+    return frame._replace(**change)
 
 
 def change_encoding(rng: random.Random, frame: DataFrame) -> DataFrame:
-    return replace(frame, encoding=rng.choice([one for one in (0, 1, 2, 3, 2**32 - 1) if one != frame.encoding]))
+    return frame._replace(encoding=rng.choice([one for one in (0, 1, 2, 3, 2**32 - 1) if one != frame.encoding]))
 
 
 def change_digest(rng: random.Random, frame: DataFrame) -> DataFrame:
-    return replace(frame, digest=rng.randbytes(rng.choice((0, 1, 15, 16, 17)) if frame.digest else 16))
+    return frame._replace(digest=rng.randbytes(rng.choice((0, 1, 15, 16, 17)) if frame.digest else 16))
 
 
 CHANGES: list[Callable[[random.Random, DataFrame], DataFrame]] = [

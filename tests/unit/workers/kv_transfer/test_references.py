@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from protos.contract.errors import AutanError, BadFrame, DigestMismatch, StaleEpoch
 from protos.wire import kv
+from tests.support.kv_memory import OpenRoom
+from tests.support.push_frames import Part, frames_of, message_of, part
 from workers.engine_api.pool_memory import PoolMemory
-from workers.engine_api.types import EngineRequest, ImportTicket, KvLayout, SamplingParams
+from workers.engine_api.types import EngineRequest, ImportTicket, KvLayout, KvPlace, SamplingParams
 from workers.kv_transfer.attachment import Attachment
 from workers.kv_transfer.claims import Expectation
 from workers.kv_transfer.counters import TransferCounters
@@ -61,6 +63,14 @@ class Pool:
         written = self.bytes[start : start + data.nbytes].data
         written[:] = data
         return written.toreadonly() if self.shows else None
+
+    def import_room(self, places: tuple[KvPlace, ...]) -> OpenRoom | None:
+        if not self.shows:
+            return None
+        starts = [self._start(place.block_id, place.group) + place.offset_bytes for place in places]
+        return OpenRoom(
+            [self.bytes[at : at + place.size_bytes].data for at, place in zip(starts, places, strict=True)]
+        )  # fmt: skip
 
 
 @pytest.fixture(params=[SMALL, LARGE], ids=["small", "large"])
@@ -112,7 +122,7 @@ class Arriving:
         """The kind of the refusal, None when everything was taken."""
 
         async def place() -> None:
-            await self.placement.place_all(self.at, decode_push(message).data)
+            await self.placement.place_all(self.at, decode_push(message))
 
         try:
             asyncio.run(place())
@@ -128,8 +138,9 @@ def frames(source: Pool, ids: Sequence[int], *, mapped: bool) -> list[DataFrame]
 
     async def all_frames() -> list[DataFrame]:
         groups = range(source.layout.num_groups)
-        parts = [await cut.frames(index, block, group, batch) for index, block in enumerate(ids) for group in groups]
-        return [frame for part in parts for frame in part]
+        found = [cut.whole(index, block, group, batch) for index, block in enumerate(ids) for group in groups]
+        assert None not in found, "each fits into one frame"
+        return [frame for frame in found if frame is not None]
 
     return asyncio.run(all_frames())
 
@@ -159,15 +170,16 @@ def test_references_land_what_frames_with_bytes_land(source: Pool, seed: int, sh
     slow, fast = Arriving(source, target, mapped=False), Arriving(source, target, mapped=True, shows=shows)
     carried, named = frames(source, ids, mapped=False), frames(source, ids, mapped=True)
     assert all(frame.pool_bytes and not frame.payload for frame in named) and not any(one.pool_bytes for one in carried)
-    mixed = [rng.choice(pair) for pair in zip(carried, named, strict=True)] if seed % 2 else named
     sizes = sizes_of(rng, len(named))
-    for one, other in zip(messages(carried, sizes), messages(mixed, sizes), strict=True):
+    carrying, naming = messages(carried, sizes), messages(named, sizes)
+    mixed = [rng.choice(pair) for pair in zip(carrying, naming, strict=True)] if seed % 2 else naming
+    for one, other in zip(carrying, mixed, strict=True):
         assert slow.take(one) is None and fast.take(other) is None
         assert slow.at.stripe.regrant() == fast.at.stripe.regrant()
         assert slow.verified_blocks == fast.verified_blocks
     assert fast.at.stripe.reassembly.complete
     assert bytes(slow.pool.bytes) == bytes(fast.pool.bytes)
-    assert fast.counters.kv_bytes_mapped == sum(frame.pool_bytes for frame in mixed)
+    assert fast.counters.kv_bytes_mapped == sum(head.pool_bytes for message in mixed for head in decode_push(message).heads)
     assert fast.counters.kv_bytes_received == slow.counters.kv_bytes_received
     assert fast.counters.kv_blocks_received == slow.counters.kv_blocks_received == 4
 
@@ -183,11 +195,11 @@ def _damaged(rng: random.Random, cut: list[DataFrame]) -> list[DataFrame]:
     elif kind == 2:
         del damaged[at]
     elif kind == 3:
-        damaged[at] = replace(damaged[at], digest=rng.randbytes(16))
+        damaged[at] = damaged[at]._replace(digest=rng.randbytes(16))
     elif kind == 4:
-        damaged[at] = replace(damaged[at], digest=b"")
+        damaged[at] = damaged[at]._replace(digest=b"")
     else:
-        damaged[at] = replace(damaged[at], block_index=damaged[at].block_index + rng.randint(1, 2**20))
+        damaged[at] = damaged[at]._replace(block_index=damaged[at].block_index + rng.randint(1, 2**20))
     return damaged
 
 
@@ -214,9 +226,9 @@ def test_references_are_refused_as_frames_with_bytes_are(source: Pool, seed: int
         {"digest": b"x" * 15},
     ],
 )
-def test_hostile_references_write_nothing(source: Pool, changes: dict[str, int]) -> None:
+def test_hostile_references_write_nothing(source: Pool, changes: dict[str, Any]) -> None:
     cut = frames(source, [1, 2], mapped=True)
-    cut[-1] = replace(cut[-1], **changes)
+    cut[-1] = cut[-1]._replace(**changes)
     arriving = Arriving(source, [0, 1], mapped=True)
     assert arriving.take(encode_data("t", 1, cut)) is BadFrame
     assert not arriving.pool.bytes.any() and not arriving.counters.kv_bytes_received
@@ -224,7 +236,7 @@ def test_hostile_references_write_nothing(source: Pool, changes: dict[str, int])
 
 def test_references_to_another_place_of_the_pool_do_not_verify(source: Pool) -> None:
     first, second = frames(source, [1, 2], mapped=True)[:2]
-    swapped = replace(first, pool_offset=second.pool_offset, pool_bytes=first.pool_bytes)
+    swapped = first._replace(pool_offset=second.pool_offset, pool_bytes=first.pool_bytes)
     assert Arriving(source, [0, 1], mapped=True).take(encode_data("t", 1, [swapped])) is DigestMismatch
 
 
@@ -273,17 +285,27 @@ def test_nothing_is_written_or_counted_when_the_transfer_ends_meanwhile() -> Non
     source = Pool(LARGE, shared=True)
     arriving = Arriving(source, range(BLOCKS), mapped=True)
     writes = 0
+    at_the_end: list[tuple[int, ...]] = []
+
+    def done() -> tuple[int, ...]:
+        counted = arriving.counters
+        return writes, arriving.verified_blocks, counted.kv_blocks_received, counted.kv_bytes_received, counted.kv_bytes_mapped
+
+    def end() -> None:
+        arriving.transfer.ended_by = StaleEpoch("it is over")
+        at_the_end.append(done())
 
     def count() -> None:
         nonlocal writes
         writes += 1
-        arriving.transfer.ended_by = StaleEpoch("it is over")
+        if writes == 1:
+            asyncio.get_running_loop().call_soon(end)
 
     arriving.pool.before_write = count
     cut = frames(source, range(BLOCKS), mapped=True)
     assert arriving.take(encode_data("t", 1, cut)) is StaleEpoch
-    assert 0 < writes < len(cut)
-    assert arriving.verified_blocks == 0 and not arriving.counters.kv_blocks_received
+    assert 0 < writes < len(cut) and arriving.verified_blocks < BLOCKS
+    assert at_the_end == [done()], "nothing more since it ended"
     source.memory.close()
 
 
@@ -296,21 +318,33 @@ def test_protobuf_and_the_codec_read_each_others_references() -> None:
         )  # fmt: skip
         message = encode_data("t", 1, [frame, frame])
         parsed = kv.PushFrame.FromString(message)
-        assert (parsed.data.pool_offset, parsed.data.pool_bytes) == (frame.pool_offset, frame.pool_bytes)
-        assert decode_push(message).data == decode_push(parsed.SerializeToString()).data == (frame, frame)
+        assert [(one.pool_offset, one.pool_bytes) for one in parsed.blocks.parts] == [(frame.pool_offset, frame.pool_bytes)] * 2
+        for one in (message, parsed.SerializeToString()):
+            assert frames_of(decode_push(one)) == [frame, frame]
         assert frame.size_bytes == frame.pool_bytes
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "one",
     [
-        {"payload": b"x", "pool_bytes": 1},
-        {"payload": b"x", "pool_offset": 1},
-        {"pool_offset": 1},
-        {"encoding": 1, "pool_bytes": 1},
+        part(b"x", pool_bytes=1),
+        part(b"x", pool_offset=1),
+        part(pool_offset=1),
+        part(encoding=1, pool_bytes=1),
+        part(pool_bytes=1).beside(b"x"),
     ],
 )
-def test_a_frame_that_carries_and_names_bytes_is_malformed(fields: dict[str, object]) -> None:
-    message = kv.PushFrame(transfer_id="t", epoch=1, data=kv.BlockFrame(**fields)).SerializeToString()  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="names bytes"):
-        decode_push(message)
+def test_a_frame_that_carries_and_names_bytes_is_malformed(one: Part) -> None:
+    with pytest.raises(ValueError, match=r"names bytes|for parts of"):
+        decode_push(message_of("t", 1, [one]).SerializeToString())
+
+
+def test_frames_that_carry_bytes_beside_frames_that_name_them_are_malformed(source: Pool) -> None:
+    """And a batch never puts them together: a sender whose engine shows a copy now and then sends them one by one."""
+    carried, named = frames(source, [1], mapped=False), frames(source, [1], mapped=True)
+    for first, second in ((carried[0], named[1]), (named[0], carried[1])):
+        batch = Batch(WINDOW_BYTES, WINDOW_BYTES)
+        batch.add(first)
+        assert not batch.has_room(second)
+        with pytest.raises(ValueError, match="beside"):
+            decode_push(encode_data("t", 1, [first, second]))

@@ -17,6 +17,7 @@ from protos.contract.errors import StaleEpoch
 from protos.contract.redis_names import pack_tokens
 from protos.wire import fingerprint_key, kv
 from tests.support.kv_memory import BLOCK_TOKENS, FINGERPRINT, Hooks, MemoryPool, request_of
+from tests.support.push_frames import frames_of, push_message
 from tests.support.worker_world import until
 from workers.engine_api.types import KvLayout
 from workers.kv_transfer.block_names import sequence_hashes
@@ -90,7 +91,7 @@ class Side:
             queue = []
             while frames:
                 count = rng.randint(1, 4)
-                queue.append(PushMessage(reply.transfer_id, 1, tuple(frames[:count]), stream=number))
+                queue.append(push_message(reply.transfer_id, 1, frames[:count], number))
                 frames = frames[count:]
             found.append(queue)
         return found
@@ -168,7 +169,7 @@ def test_after_streams_broke_only_what_is_missing_comes_again(seed: int) -> None
         kept = [queue[: rng.randint(0, len(queue))] for queue in queues]
         outcomes = await side.push(kept, rng, hold_open=False)
         assert set(outcomes) <= {"PEER_UNAVAILABLE"} and not side.hooks.errors
-        whole = [sum(part.digest != b"" for one in queue for part in one.data) // LAYOUT.num_groups for queue in kept]
+        whole = [sum(head.digest != b"" for one in queue for head in one.heads) // LAYOUT.num_groups for queue in kept]
         expected = [first_at(n, streams, side.reused) + streams * done for n, done in enumerate(whole)]
         again = await side.open(streams)
         assert again.transfer_id == reply.transfer_id and list(again.next_blocks) == expected
@@ -206,10 +207,11 @@ Change = Callable[[Side, list[list[PushMessage]], random.Random], None]
 def flip(side: Side, queues: list[list[PushMessage]], rng: random.Random) -> None:
     queue = rng.choice(queues)
     at = rng.randrange(len(queue))
-    first, *rest = queue[at].data
+    first, *rest = frames_of(queue[at])
     payload = bytearray(first.payload)
     payload[rng.randrange(len(payload))] ^= 1 << rng.randrange(8)
-    queue[at] = replace(queue[at], data=(replace(first, payload=memoryview(payload)), *rest))
+    frames = [first._replace(payload=memoryview(payload)), *rest]
+    queue[at] = push_message(queue[at].transfer_id, 1, frames, queue[at].stream)
 
 
 def other_number(side: Side, queues: list[list[PushMessage]], rng: random.Random) -> None:
