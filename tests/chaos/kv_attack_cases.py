@@ -13,6 +13,8 @@ from protos.contract.redis_names import pack_tokens
 from protos.wire import common, fingerprint_key, kv
 from tests.chaos.kv_attack_bits import cleared, copy_of, flipped, paths, raw_flipped
 from tests.chaos.kv_attack_messages import Case, Change, Honest, Message, Others, Stage, changed, one_block_of, random_id
+from tests.chaos.kv_attack_payloads import payload_cases
+from tests.support.push_frames import Part, message_of, parts_of, with_part
 from workers.kv_transfer.authority import grant_of
 from workers.kv_transfer.digest import DigestScope
 
@@ -22,7 +24,7 @@ NOT_DECISIVE = frozenset({"deadline_s", "reason"})  # a request or a close with 
 
 def catalogue() -> list[Case]:
     """Every case, in the order of the table."""
-    return [*_unsound_metadata(), *_advisories(), *_bits(), *_out_of_place(), *_replies()]
+    return [*_unsound_metadata(), *_advisories(), *_bits(), *_out_of_place(), *payload_cases(), *_replies()]
 
 
 # -- vllm#52234: hand-off metadata that is unknown, out of range, reused, stale, expired ------------------------------------
@@ -60,8 +62,8 @@ def _out_of_range(rng: random.Random, me: Honest, others: Others, transfer_id: s
         lie = changed(me.end, **{field: pack_tokens([value]) if field == "next_token_ids" else value})
         lie.digest = me.scope.of_end(lie)
         return list(me.messages(transfer_id, end=lie))
-    part = changed(me.parts[at], **{field: value})
-    part.digest = me.scope.of(part.block_index, part.layer_group, part.payload)
+    part = me.parts[at].saying(**{field: value})
+    part = part.saying(digest=me.scope.of(part.head.block_index, part.head.layer_group, part.payload))
     return list(me.messages(transfer_id, parts=[*me.parts[:at], part, *me.parts[at + 1 :]]))
 
 
@@ -110,7 +112,18 @@ def _missing_key(rng: random.Random, me: Honest, others: Others, transfer_id: st
         messages[at] = cleared(messages[at], rng.choice(["end", "end.num_tokens", "end.next_token_ids", "end.digest"]))
     else:
         # Block 0 at offset 0 of group 0 has no such fields on the wire.
-        messages[at] = cleared(messages[at], rng.choice(["data", "data.payload", "data.digest"]))
+        (part,) = parts_of(messages[at])
+        match rng.randrange(5):
+            case 0:
+                messages[at] = cleared(messages[at], rng.choice(["blocks", "blocks.parts", "payload"]))
+            case 1:
+                messages[at] = cleared(cleared(messages[at], "blocks"), "payload")
+            case 2:
+                messages[at] = with_part(messages[at], 0, part.with_bytes(b""))
+            case 3:
+                messages[at] = with_part(messages[at], 0, part.saying(digest=b""))
+            case _:
+                messages[at] = with_part(messages[at], 0, part.saying(payload_bytes=0))
     return list(messages)
 
 
@@ -130,15 +143,18 @@ def _huge_open(rng: random.Random, me: Honest, others: Others, _: str) -> kv.Ope
 
 
 def _huge_push(rng: random.Random, me: Honest, others: Others, transfer_id: str) -> list[Message]:
-    kind = rng.randrange(5)
+    kind = rng.randrange(6)
     if kind == 0:  # more bytes than a layer group has, and than there is credit for
-        part = changed(me.parts[0], payload=b"\0" * rng.choice([others.block_bytes + 1, 100_000, 2**20]))
+        part = me.parts[0].with_bytes(b"\0" * rng.choice([others.block_bytes + 1, 100_000, 2**20]))
         return list(me.messages(transfer_id, parts=[part, *me.parts[1:]]))
     if kind == 1:  # more data frames than a message may have
-        return [kv.PushFrame(transfer_id=transfer_id, epoch=me.claim.epoch, data=me.parts[0], more=[me.parts[1]] * 500)]
-    if kind == 2:  # a length that goes beyond the message
+        return [message_of(transfer_id, me.claim.epoch, [me.parts[0], *[me.parts[1]] * 500])]
+    if kind == 2:  # a length that goes beyond the message, of the heads or of the payload
         raw = kv.PushFrame(transfer_id=transfer_id, epoch=me.claim.epoch).SerializeToString()
-        return [raw + b"\x1a" + b"\xff" * rng.choice([4, 9]) + b"\x7f"]
+        return [raw + rng.choice([b"\x3a", b"\x42"]) + b"\xff" * rng.choice([4, 9]) + b"\x7f"]
+    if kind == 5:  # more bytes than there are, or ever will be
+        part = me.parts[0].saying(payload_bytes=rng.choice([2**20, 2**31, 2**32 - 1]))
+        return list(me.messages(transfer_id, parts=[part, *me.parts[1:]]))
     end = changed(me.end, next_token_ids=pack_tokens([5] * 10_000)) if kind == 3 else copy_of(me.end)
     if kind == 4:
         end.next_logprobs.extend([b"\1"] * 10_000)
@@ -206,9 +222,9 @@ def _bits() -> Iterator[Case]:
         "Open, anywhere", "one bit", Stage.OPEN,
         lambda rng, me, others, _: raw_flipped(me.claim.SerializeToString(), rng), may_pass=True,
     )  # fmt: skip
-    for path in ("transfer_id", "epoch"):
+    for path in ("transfer_id", "epoch", "stream"):
         yield Case(f"Push.{path}", "one bit", Stage.PUSH, _flip_head(path))
-    for path in paths(kv.BlockFrame.DESCRIPTOR):
+    for path in ("payload", *paths(kv.BlockFrame.DESCRIPTOR)):
         may_pass = _is_open_ended("block", path)
         yield Case(f"Push.data.{path}", "one bit", Stage.PUSH, _flip_part(path, 1), may_pass)
         yield Case(f"Push.more.{path}", "one bit", Stage.PUSH, _flip_part(path, 2), may_pass)
@@ -248,7 +264,11 @@ def _flip_head(path: str) -> Change:
 def _flip_part(path: str, per_message: int) -> Change:
     def change(rng: random.Random, me: Honest, others: Others, transfer_id: str) -> list[Message]:
         at = rng.randrange(per_message - 1, len(me.parts), per_message)
-        part = flipped(me.parts[at], path, rng)
+        part = me.parts[at]
+        if path == "payload":
+            part = part.beside(raw_flipped(part.payload, rng))
+        else:
+            part = Part(flipped(part.head, path, rng), part.payload)
         return list(me.messages(transfer_id, per_message, parts=[*me.parts[:at], part, *me.parts[at + 1 :]]))
 
     return change
@@ -287,9 +307,9 @@ def _out_of_place() -> Iterator[Case]:
 def _swapped(rng: random.Random, me: Honest, others: Others, transfer_id: str) -> list[Message]:
     """Two blocks trade payload and digest and keep their places."""
     one, two = rng.sample(range(len(me.parts)), 2)
-    parts = [copy_of(part) for part in me.parts]
+    parts = list(me.parts)
     for at, source in ((one, me.parts[two]), (two, me.parts[one])):
-        parts[at].payload, parts[at].digest = source.payload, source.digest
+        parts[at] = parts[at].with_bytes(source.payload, digest=source.head.digest)
     return list(me.messages(transfer_id, parts=parts))
 
 
@@ -315,7 +335,9 @@ def _other_fingerprint(rng: random.Random, me: Honest, others: Others, transfer_
     path = rng.choice(list(paths(common.Fingerprint.DESCRIPTOR)))
     fingerprint = flipped(me.claim.fingerprint, path, rng)
     scope = DigestScope(fingerprint_key(fingerprint), me.claim.request_id, me.claim.epoch)
-    parts = [changed(part, digest=scope.of(part.block_index, part.layer_group, part.payload)) for part in me.parts]
+    parts = [
+        part.saying(digest=scope.of(part.head.block_index, part.head.layer_group, part.payload)) for part in me.parts
+    ]  # fmt: skip
     return list(me.messages(transfer_id, parts=parts))
 
 
@@ -357,11 +379,13 @@ def _replies() -> Iterator[Case]:
 # -- pieces -----------------------------------------------------------------------------------------------------------------
 
 _KNOWN_OPEN_FIELDS = range(1, 14)
-_KNOWN_BLOCK_FIELDS = range(1, 6)
+_KNOWN_BLOCK_FIELDS = (1, 2, 3, 5, 9)
 
 
 def _is_new(message: str, path: str) -> bool:
     """True for a field that came after this catalogue: nothing is known of what it decides."""
+    if path == "payload":
+        return False
     descriptor, known = (
         (kv.OpenRequest.DESCRIPTOR, _KNOWN_OPEN_FIELDS)
         if message == "open"

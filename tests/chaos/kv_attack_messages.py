@@ -11,6 +11,7 @@ from typing import Any
 from protos.contract.capability import Keyring
 from protos.wire import fingerprint_key, kv
 from tests.chaos.kv_attack_bits import copy_of
+from tests.support.push_frames import Part, message_of
 from workers.kv_transfer.digest import DigestScope
 
 Message = kv.PushFrame | bytes
@@ -33,7 +34,7 @@ class Honest:
 
     claim: kv.OpenRequest
     transfer_id: str = ""
-    parts: tuple[kv.BlockFrame, ...] = ()
+    parts: tuple[Part, ...] = ()
     end: kv.EndFrame = field(default_factory=kv.EndFrame)
 
     @property
@@ -45,16 +46,13 @@ class Honest:
         self,
         transfer_id: str,
         per_message: int = 1,
-        parts: Sequence[kv.BlockFrame] | None = None,
+        parts: Sequence[Part] | None = None,
         end: kv.EndFrame | None = None,
     ) -> list[kv.PushFrame]:
         """The stream, `per_message` data frames in a message; `parts` and `end` take the place of the true ones."""
         epoch, chosen = self.claim.epoch, self.parts if parts is None else parts
         made = [
-            kv.PushFrame(
-                transfer_id=transfer_id, epoch=epoch, data=chosen[at], more=chosen[at + 1 : at + per_message]
-            )
-            for at in range(0, len(chosen), per_message)
+            message_of(transfer_id, epoch, chosen[at : at + per_message]) for at in range(0, len(chosen), per_message)
         ]  # fmt: skip
         return [*made, kv.PushFrame(transfer_id=transfer_id, epoch=epoch, end=self.end if end is None else end)]
 
@@ -89,11 +87,11 @@ class Case:
     second_epoch: bool = False
 
 
-def one_block_of(rng: random.Random, me: Honest, source: Honest) -> list[kv.BlockFrame]:
+def one_block_of(rng: random.Random, me: Honest, source: Honest) -> list[Part]:
     """The blocks of the request, but for one that comes from elsewhere with its own digest, in the right place."""
     at = rng.randrange(len(me.parts))
     mine, theirs = me.parts[at], source.parts[at % len(source.parts)]
-    return [*me.parts[:at], changed(mine, payload=theirs.payload, digest=theirs.digest), *me.parts[at + 1 :]]
+    return [*me.parts[:at], mine.with_bytes(theirs.payload, digest=theirs.head.digest), *me.parts[at + 1 :]]
 
 
 def changed(message: Any, **changes: Any) -> Any:

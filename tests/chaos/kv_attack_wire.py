@@ -21,6 +21,7 @@ from protos.rpc import error_of
 from protos.wire import error_to_wire, kv
 from tests.chaos.kv_attack_messages import Case, Honest, Message, Others, Stage
 from tests.support.kv_wire import FaultyWire
+from tests.support.push_frames import Part, flip, message_of, part, parts_of
 
 KEPT = 64  # hand-offs of each tenant that the attacker remembers
 DRAWS = 50
@@ -229,8 +230,8 @@ class AttackWire(FaultyWire):
             return f"not opened: {error.reason}", None
         outcome, reply = await self._stream(made(opened.transfer_id))
         if outcome != COMMIT:
-            out_of_range = kv.BlockFrame(block_index=2**32 - 1)
-            await self._stream([kv.PushFrame(transfer_id=opened.transfer_id, epoch=honest.claim.epoch, data=out_of_range)])
+            out_of_range = part(block_index=2**32 - 1)
+            await self._stream([message_of(opened.transfer_id, honest.claim.epoch, [out_of_range])])
         return outcome, reply
 
     def _judge_passed(self, attack: Attack, what: str) -> None:
@@ -242,13 +243,13 @@ class AttackWire(FaultyWire):
     async def _kept(self, attack: Attack, frames: AsyncIterator[kv.PushFrame]) -> Honest | None:
         """Everything up to the end frame; None when the sender stops before it."""
         assert attack.now is not None
-        parts: list[kv.BlockFrame] = []
+        parts: list[Part] = []
         async for frame in frames:
-            if frame.HasField("data"):
-                parts += [frame.data, *frame.more]
+            if frame.HasField("blocks"):
+                parts += parts_of(frame)
             elif frame.HasField("end"):
                 honest = Honest(attack.now.claim, frame.transfer_id, tuple(parts), frame.end)
-                if len(parts) < 2 or not all(part.payload for part in parts):
+                if len(parts) < 2 or not all(one.payload for one in parts):
                     self.broken.append(NoEffect(f"{honest.claim.request_id}: {len(parts)} data frames, some without payload"))
                 attack.now = honest
                 self._seen[attack.tenant].append(honest)
@@ -273,7 +274,7 @@ class AttackWire(FaultyWire):
     def _changed_stream(self, attack: Attack, honest: Honest, transfer_id: str) -> list[Message]:
         for _ in range(DRAWS):
             made = list(attack.case.change(attack.rng, honest, self._others(attack), transfer_id))
-            sizes = {len(m.more) + 1 for m in made[:-1] if isinstance(m, kv.PushFrame) and m.HasField("data")} or {1}
+            sizes = {len(m.blocks.parts) for m in made[:-1] if isinstance(m, kv.PushFrame) and m.blocks.parts}
             same = [list(map(_bytes, honest.messages(transfer_id, size))) for size in {1, 2, 4, *sizes}]
             if list(map(_bytes, made)) not in same:
                 return made
@@ -326,10 +327,9 @@ async def _spoiled(frames: AsyncIterator[kv.PushFrame]) -> AsyncIterator[kv.Push
     """The payload of the first data frame is not what was digested."""
     done = False
     async for frame in frames:
-        if frame.HasField("data") and not done:
-            done = True
-            frame.data.payload = bytes([frame.data.payload[0] ^ 1]) + frame.data.payload[1:]
-        yield frame
+        is_first = frame.HasField("blocks") and not done
+        done |= is_first
+        yield flip(frame) if is_first else frame
 
 
 def _bytes(message: Any) -> bytes:
