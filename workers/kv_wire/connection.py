@@ -197,6 +197,9 @@ class Connection:
         if self._has_ended or self._lost is not None:
             raise self.loss_of_message()
         try:
+            if self._reader.parse():  # what came behind bytes that were given out since
+                self._flush()
+                return True
             count = self._sock.recv_into(self._reader.buffer())
             if count:
                 self._reader.filled(count)

@@ -98,10 +98,12 @@ class MessageReader:
         self._have += count
         self.parse()
 
-    def parse(self) -> None:
-        """Goes through what is here, up to bytes of a message. Raises WireFault."""
+    def parse(self) -> bool:
+        """Goes through what is here, up to bytes of a message; whether that was anything. Raises WireFault."""
+        got_further = False
         while self._step():
-            pass
+            got_further = True
+        return got_further
 
     def here(self) -> memoryview:
         """The bytes of the message that are in the small buffer; valid until the next call of anything else."""
