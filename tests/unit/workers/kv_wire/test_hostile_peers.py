@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import pytest
 
+from tests.support.h2_peer import HELLO, METHOD, data, headers, wholes
 from workers.kv_wire.h2_frames import (
     END_HEADERS,
     END_STREAM,
@@ -25,32 +26,21 @@ from workers.kv_wire.h2_frames import (
     window_update,
 )
 from workers.kv_wire.header_blocks import HeaderReader, HeaderWriter
+from workers.kv_wire.incoming import Incoming
 from workers.kv_wire.push_client import dial
 from workers.kv_wire.push_server import PushServer, ServerLimits
 
-METHOD = "/autan.v1.KvTransfer/Push"
 MOST_BYTES = 1 << 20
-HELLO = PREFACE + settings({})
 
 
-async def digests(messages: AsyncIterator[memoryview]) -> AsyncGenerator[bytes, None]:
-    async for message in messages:
+async def digests(messages: AsyncIterator[Incoming]) -> AsyncGenerator[bytes, None]:
+    async for message in wholes(messages):
         yield hashlib.sha256(message).digest()
-
-
-def headers(stream: int = 1, flags: int = 0, **changed: str) -> bytes:
-    pairs = {":method": "POST", ":scheme": "http", ":path": METHOD, "te": "trailers", "content-type": "application/grpc"}
-    pairs |= {name.replace("_", "-"): value for name, value in changed.items()}
-    return HeaderWriter().frame(stream, list(pairs.items()), flags)
 
 
 def path_of(path: str) -> bytes:
     pairs = [(":method", "POST"), (":path", path), ("content-type", "application/grpc")]
     return HeaderWriter().frame(1, pairs)
-
-
-def data(body: bytes, stream: int = 1, flags: int = 0) -> bytes:
-    return frame(Kind.DATA, b"\0" + len(body).to_bytes(4, "big") + body, flags, stream)
 
 
 async def frames_until_closed(reader: asyncio.StreamReader) -> list[tuple[FrameHead, bytes]]:

@@ -15,10 +15,11 @@ import pytest
 
 from protos.contract.errors import BadFrame, InvalidRequest, PeerUnavailable
 from protos.rpc import GuardInterceptor, channel_options, error_of, open_channel, parsed, server_options
+from tests.support.h2_peer import METHOD, wholes
+from workers.kv_wire.incoming import Incoming
 from workers.kv_wire.push_client import dial
 from workers.kv_wire.push_server import PushServer, ServerLimits
 
-METHOD = "/autan.v1.KvTransfer/Push"
 MOST_BYTES = 8 * 1024 * 1024
 PAIRS = [(server, client) for server in ("ours", "grpcio") for client in ("ours", "grpcio")]
 
@@ -42,8 +43,8 @@ def strict(message: Any) -> Any:
     return message
 
 
-async def checked(messages: AsyncIterator[Any]) -> AsyncGenerator[bytes, None]:
-    async for reply in digests(parsed(messages, strict, METHOD)):
+async def checked(messages: AsyncIterator[Incoming]) -> AsyncGenerator[bytes, None]:
+    async for reply in digests(parsed(wholes(messages), strict, METHOD)):
         yield reply
 
 
@@ -168,7 +169,7 @@ def test_a_sender_that_hangs_up_is_an_unreachable_peer(client: str) -> None:
     async def run() -> None:
         ends: asyncio.Queue[BaseException | None] = asyncio.Queue()
 
-        async def handler(messages: AsyncIterator[memoryview]) -> AsyncGenerator[bytes, None]:
+        async def handler(messages: AsyncIterator[Incoming]) -> AsyncGenerator[bytes, None]:
             try:
                 async for _ in messages:
                     yield b"seen"
@@ -189,7 +190,7 @@ def test_a_sender_that_hangs_up_is_an_unreachable_peer(client: str) -> None:
 
 def test_a_server_that_goes_away_is_an_unreachable_peer() -> None:
     async def run() -> None:
-        server = PushServer({METHOD: digests}, ServerLimits(MOST_BYTES))
+        server = PushServer({METHOD: checked}, ServerLimits(MOST_BYTES))
         async with calling("ours", server.listen("127.0.0.1")) as call:
             await call.write([b"x"])
             await anext(aiter(call))
@@ -205,7 +206,7 @@ def test_a_server_that_goes_away_is_an_unreachable_peer() -> None:
 
 def test_a_call_that_is_cancelled_reads_nothing_more_of_what_it_was_writing() -> None:
     async def run() -> None:
-        async def deaf(messages: AsyncIterator[memoryview]) -> AsyncGenerator[bytes, None]:
+        async def deaf(messages: AsyncIterator[Incoming]) -> AsyncGenerator[bytes, None]:
             await asyncio.Event().wait()
             yield b""
 

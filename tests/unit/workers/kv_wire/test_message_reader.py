@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -10,6 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.h2_peer import pieces_of, prefixed
+from workers.engine_api.memory_views import copy_into
 from workers.kv_wire.h2_frames import (
     ACK,
     END_HEADERS,
@@ -31,7 +35,7 @@ from workers.kv_wire.h2_frames import (
 from workers.kv_wire.header_blocks import HeaderReader, HeaderWriter
 from workers.kv_wire.message_reader import CallFault, MessageReader
 from workers.kv_wire.peer_limits import IdleBudget, PeerLimits
-from workers.kv_wire.pieces import cut, drop
+from workers.kv_wire.pieces import cut, drop, first_of
 
 MOST_BYTES = 300_000
 
@@ -62,34 +66,73 @@ def reader_of(heard: Heard, *, expects_preface: bool = False) -> MessageReader:
     return MessageReader(heard, MOST_BYTES, LARGEST_FRAME_BYTES, expects_preface=expects_preface)
 
 
-def take_all(reader: MessageReader, wire: bytes, rng: random.Random) -> list[bytes]:
-    """Feeds the bytes in pieces of random sizes; gives the messages. Memory is given back and overwritten at once."""
-    found: list[bytes] = []
-    at = 0
-    while True:
-        while reader.has_message:
-            message = reader.take()
-            found.append(bytes(message))
-            reader.give_back(message)
-            reader.parse()
-        if at == len(wire):
-            return found
-        buffer = reader.buffer()
-        count = min(len(buffer), len(wire) - at, rng.choice([1, 2, 7, 100, 5_000, 400_000]))
-        assert count > 0
-        buffer[:count] = wire[at : at + count]
-        at += count
+class Socket:
+    """Bytes that come in reads of random sizes."""
+
+    def __init__(self, wire: bytes, rng: random.Random) -> None:
+        self._wire = memoryview(wire)
+        self._rng = rng
+
+    def recv_into(self, views: Sequence[memoryview]) -> int:
+        """Fills the beginning of the views; 0 when nothing more comes."""
+        room = sum(view.nbytes for view in views)
+        assert room > 0
+        count = min(room, len(self._wire), self._rng.choice([1, 2, 7, 100, 5_000, 400_000]))
+        copy_into(first_of(views, count), self._wire)
+        self._wire = self._wire[count:]
+        return count
+
+    def fill(self, reader: MessageReader) -> bool:
+        """Goes through what is in the small buffer, then reads more into it; false when nothing more comes."""
+        if reader.parse():
+            return True
+        count = self.recv_into([reader.buffer()])
         reader.filled(count)
+        return count > 0
 
 
-def prefixed(message: bytes) -> bytes:
-    return b"\0" + len(message).to_bytes(4, "big") + message
+def read_some(reader: MessageReader, socket: Socket, rng: random.Random, size: int) -> bytes:
+    """The next `size` bytes of the message, in all the ways there are to read them; fewer when nothing more comes."""
+    memory = memoryview(bytearray(size))
+    at = 0
+    while at < size:
+        here = reader.here()[: size - at]
+        if here:
+            count = rng.choice([1, len(here), rng.randint(1, len(here))])
+            memory[at : at + count] = here[:count]
+            reader.consume(count)
+            at += count
+        elif reader.direct_bytes and rng.random() < 0.8:
+            views = first_of(pieces_of(memory[at:], rng), reader.direct_bytes)
+            count = socket.recv_into([*views, reader.ahead])
+            if not count:
+                break
+            direct = min(count, sum(view.nbytes for view in views))
+            reader.received(direct, count - direct)
+            at += direct
+        elif not socket.fill(reader):
+            break
+    return bytes(memory[:at])
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_any_cut_of_frames_and_reads_gives_the_same_messages(seed: int) -> None:
-    rng = random.Random(seed)
-    messages = [rng.randbytes(rng.choice([0, 1, 20, 3_000, 70_000, MOST_BYTES])) for _ in range(rng.randint(1, 8))]
+def take_all(reader: MessageReader, wire: bytes, rng: random.Random, *, all_of_it: bool = True) -> list[bytes]:
+    """What was read of each message: everything, or as much as `rng` draws before it goes on to the next one."""
+    found: list[bytes] = []
+    socket = Socket(wire, rng)
+    reader.parse()
+    while True:
+        while not reader.has_message:
+            if not socket.fill(reader):
+                return found
+        size = reader.left_bytes
+        found.append(read_some(reader, socket, rng, size if all_of_it else rng.choice([0, size, rng.randint(0, size)])))
+        reader.finish()
+        assert not reader.has_message
+        reader.parse()
+
+
+def wire_of(messages: list[bytes], rng: random.Random) -> tuple[bytes, int, int]:
+    """The messages in frames of random sizes, with pings and frames of another call in between; how many of these."""
     body = b"".join(map(prefixed, messages))
     wire, pings, foreign = bytearray(PREFACE), 0, 0
     while body:
@@ -103,28 +146,60 @@ def test_any_cut_of_frames_and_reads_gives_the_same_messages(seed: int) -> None:
             wire += frame(Kind.DATA, rng.randbytes(rng.randint(0, 20_000)), stream=3)
             foreign += 1
     wire += frame(Kind.DATA, flags=END_STREAM, stream=1)
+    return bytes(wire), pings, foreign
+
+
+@pytest.mark.parametrize("all_of_it", [True, False], ids=["whole", "in part"])
+@pytest.mark.parametrize("seed", range(60))
+def test_any_cut_of_frames_and_reads_gives_the_same_messages(seed: int, all_of_it: bool) -> None:
+    rng = random.Random(seed)
+    messages = [rng.randbytes(rng.choice([0, 1, 20, 3_000, 70_000, MOST_BYTES])) for _ in range(rng.randint(1, 8))]
+    wire, pings, foreign = wire_of(messages, rng)
     heard = Heard()
-    assert take_all(reader_of(heard, expects_preface=True), bytes(wire), rng) == messages
+    found = take_all(reader_of(heard, expects_preface=True), wire, rng, all_of_it=all_of_it)
+    assert len(found) == len(messages)
+    assert all(message.startswith(part) for message, part in zip(messages, found, strict=True))
+    assert not all_of_it or found == messages
     assert [payload for _, payload in heard.controls] == [number.to_bytes(8, "big") for number in range(pings)]
     assert heard.ended[-1].flags == END_STREAM and sum(head.stream == 3 for head in heard.ended) == foreign
 
 
-def test_a_message_that_was_taken_stays_as_it_is_while_the_next_one_comes() -> None:
-    reader, rng = reader_of(Heard()), random.Random(1)
-    first, second = rng.randbytes(100_000), rng.randbytes(100_000)
-    taken = []
-    for message in (first, second):
-        wire = frame(Kind.DATA, prefixed(message), stream=1)
-        while wire:
-            buffer = reader.buffer()
-            count = min(len(buffer), len(wire))
-            buffer[:count] = wire[:count]
-            reader.filled(count)
-            wire = wire[count:]
-        taken.append(reader.take())
-    assert taken == [first, second]
-    with pytest.raises(TypeError):
-        taken[0][0] = 0
+@pytest.mark.parametrize("seed", range(30))
+def test_after_a_call_was_dropped_its_bytes_are_passed_over_and_the_next_one_begins_anew(seed: int) -> None:
+    rng = random.Random(seed)
+    first, second = rng.randbytes(rng.choice([10, 9_000, 50_000])), rng.randbytes(rng.choice([0, 10, 50_000]))
+    rest = prefixed(first)
+    wire = b""
+    while rest:
+        size = rng.choice([1, 3, 7, 16_384, len(rest)])
+        wire += frame(Kind.DATA, rest[:size], stream=1)
+        rest = rest[size:]
+    heard = Heard()
+    reader = reader_of(heard)
+    cut = rng.randint(1, len(wire))
+    socket = Socket(wire[:cut], rng)
+    while not reader.has_message and socket.fill(reader):
+        pass
+    if reader.has_message:
+        read_some(reader, socket, rng, rng.randint(0, reader.left_bytes))
+    while not reader.has_message and socket.fill(reader):
+        pass
+    heard.wanted_stream = 3
+    reader.drop_call()
+    assert not reader.has_message
+    behind = bytes(socket._wire) + wire[cut:] + frame(Kind.DATA, prefixed(second), END_STREAM, 3)
+    assert take_all(reader, behind, rng) == [second]
+
+
+def test_a_length_that_is_announced_costs_no_memory() -> None:
+    reader = MessageReader(Heard(), 2**31, LARGEST_FRAME_BYTES, expects_preface=False)
+    socket = Socket(frame(Kind.DATA, b"\0" + (2**31).to_bytes(4, "big") + b"begin", stream=1), random.Random(0))
+    tracemalloc.start()
+    while socket.fill(reader):
+        pass
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert reader.left_bytes == 2**31 and reader.here() == b"begin" and most_bytes < 64 * 1024
 
 
 @pytest.mark.parametrize(
@@ -230,3 +305,11 @@ def test_pieces_are_cut_and_dropped_as_if_joined(parts: list[bytes], size: int) 
     first, rest = cut([memoryview(part) for part in parts], size)
     assert (b"".join(first), b"".join(rest)) == (whole[:size], whole[size:])
     assert b"".join(drop(parts, size)) == whole[size:]
+    assert b"".join(first_of([memoryview(part) for part in parts], size)) == whole[:size]
+    memory = bytearray(len(whole))
+    views, at = [], 0
+    for part in parts:
+        views.append(memoryview(memory)[at : at + len(part)])
+        at += len(part)
+    assert copy_into(views, memoryview(whole)[:size]) == size and memory == whole[:size] + bytes(len(whole) - size)
+    assert copy_into(views, memoryview(whole + b"more")) == len(whole) and memory == whole
