@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import struct
+import sys
+from array import array
 from collections.abc import Iterable
 from enum import StrEnum
 
@@ -111,9 +113,11 @@ def ingress_channel(cluster: str, ingress_id: str) -> str:
 
 
 def pack_tokens(token_ids: Iterable[int]) -> bytes:
-    """Token ids as little-endian uint32, as the journal and the wire keep them."""
-    ids = list(token_ids)
-    return struct.pack(f"<{len(ids)}I", *ids)
+    """Token ids as little-endian uint32, as the journal and the wire keep them. Raises OverflowError for what is no uint32."""
+    packed = array("I", token_ids)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
 
 
 def unpack_tokens(packed: bytes) -> list[int]:

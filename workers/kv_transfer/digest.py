@@ -12,6 +12,7 @@ from protos.wire import kv
 
 DIGEST_BYTES = 16
 _END = b"end"
+_PLACE = struct.Struct("<II")
 
 
 class DigestScope:
@@ -30,13 +31,13 @@ class DigestScope:
 
     def start(self, block_index: int, group: int) -> xxhash.xxh3_128:
         """A digest to feed with the bytes of one layer group, in order."""
-        return xxhash.xxh3_128(self._prefix + struct.pack("<II", block_index, group))
+        return xxhash.xxh3_128(self._prefix + _PLACE.pack(block_index, group))
 
     def of(self, block_index: int, group: int, data: memoryview | bytes) -> bytes:
         """The digest of a whole layer group."""
-        digest = self.start(block_index, group)
+        digest = xxhash.xxh3_128(self._prefix + _PLACE.pack(block_index, group))
         digest.update(data)
-        return bytes(digest.digest())
+        return digest.digest()
 
     def of_end(self, end: kv.EndFrame) -> bytes:
         """The digest of an end frame: everything in it but its digest. No block has the same."""

@@ -64,19 +64,19 @@ class Batch:
         is_full = self._payload_bytes >= self.limit_bytes or self._size_bytes >= self.most_bytes
         return is_full or len(self.frames) == MAX_PARTS
 
-    def has_room(self, frame: DataFrame) -> bool:
-        """True when this frame fits. A frame of `split` with the same limit fits into an empty batch; one that names bytes of a
-        pool not behind one that carries its own, nor the other way round."""
-        if self.frames and (self.frames[0].pool_bytes > 0) is not (frame.pool_bytes > 0):
+    def offer(self, frame: DataFrame) -> bool:
+        """Takes the frame if it fits. One of `split` with the same limit fits into an empty batch; one that names bytes of a
+        pool does not fit behind one that carries its own, nor the other way round."""
+        carried, frames = frame.payload.nbytes, self.frames
+        size = frame.pool_bytes or carried
+        if self._payload_bytes + carried > self.limit_bytes or self._size_bytes + size > self.most_bytes:
             return False
-        fits = self._payload_bytes + frame.payload.nbytes <= self.limit_bytes
-        return fits and self._size_bytes + frame.size_bytes <= self.most_bytes and len(self.frames) < MAX_PARTS
-
-    def add(self, frame: DataFrame) -> None:
-        """Takes a frame for which there is room."""
-        self.frames.append(frame)
-        self._payload_bytes += frame.payload.nbytes
-        self._size_bytes += frame.size_bytes
+        if frames and (len(frames) == MAX_PARTS or (frames[0].pool_bytes > 0) is not (frame.pool_bytes > 0)):
+            return False
+        frames.append(frame)
+        self._payload_bytes += carried
+        self._size_bytes += size
+        return True
 
     def take(self) -> tuple[list[DataFrame], list[int]]:
         """The frames and the completed blocks; the batch is empty afterwards."""
@@ -104,6 +104,7 @@ class Reassembly:
 
     def __init__(self, layout: KvLayout, scope: DigestScope, first_block: int, num_blocks: int, stride: int = 1) -> None:
         self._layout = layout
+        self._sizes = tuple(layout.group_bytes(group) for group in range(layout.num_groups))
         self._scope = scope
         self._num_blocks = num_blocks
         self._stride = stride
@@ -171,9 +172,26 @@ class Reassembly:
     def check_heads(self, heads: Sequence[BlockHead]) -> None:
         """Raises BadFrame, changing nothing, unless the frames of these heads are exactly the next ones: what `accept` checks
         before it reads a byte."""
+        block, group, offset, sizes = self._block, self._group, self._offset, self._sizes
+        for head in heads:
+            end = offset + head.payload_bytes
+            total = sizes[group]
+            is_next = (head.block_index, head.layer_group, head.offset_bytes) == (block, group, offset)
+            fits = offset < end <= total and len(head.digest) == (DIGEST_BYTES if end == total else 0)
+            if not is_next or not fits or block >= self._num_blocks:
+                self._refuse(heads)
+            offset = end
+            if end == total:
+                offset, group = 0, group + 1
+                if group == len(sizes):
+                    block, group = block + self._stride, 0
+
+    def _refuse(self, heads: Sequence[BlockHead]) -> None:
+        """Raises what `accept` would raise for the first of these that is not the next one."""
         cursor = copy.copy(self)
         for head in heads:
             cursor._advance(*cursor._check_bytes(head, head.payload_bytes))
+        raise AssertionError("frames that accept takes")
 
     def check_references(self, frames: Sequence[BlockHead]) -> None:
         """Raises BadFrame, changing nothing, unless these are exactly the next frames, a whole layer group each."""
@@ -198,7 +216,7 @@ class Reassembly:
     def _check_bytes(self, frame: DataFrame | BlockHead, size: int) -> tuple[int, bool]:
         """Where its bytes end in the layer group, and whether the group ends there."""
         self._check_place(frame)
-        total = self._layout.group_bytes(self._group)
+        total = self._sizes[self._group]
         end = self._offset + size
         if not size or end > total:
             raise BadFrame(f"block {self._block} group {self._group}: {size} bytes at {self._offset} of {total}")
@@ -209,7 +227,7 @@ class Reassembly:
 
     def _check_reference(self, frame: BlockHead) -> None:
         self._check_place(frame)
-        total = self._layout.group_bytes(self._group)
+        total = self._sizes[self._group]
         if frame.offset_bytes or frame.pool_bytes != total or len(frame.digest) != DIGEST_BYTES:
             raise BadFrame(
                 f"block {self._block} group {self._group}: a reference to {frame.pool_bytes} bytes at {frame.offset_bytes} "
@@ -230,5 +248,5 @@ class Reassembly:
             return
         self._offset, self._digest = 0, None
         self._group += 1
-        if self._group == self._layout.num_groups:
+        if self._group == len(self._sizes):
             self._block, self._group = self._block + self._stride, 0

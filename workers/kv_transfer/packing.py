@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from collections.abc import Sequence
 
 from protos.contract.errors import BadFrame, DigestMismatch
 from workers.engine_api.types import KvLayout
@@ -68,10 +69,12 @@ class GroupUnpacker:
         """Forgets groups that are not whole: the sender starts again with them."""
         self._gathered.clear()
 
-    def check(self, frame: BlockHead | DataFrame) -> None:
+    def check(self, frames: Sequence[BlockHead | DataFrame]) -> None:
         """Raises BadFrame for a frame of another encoding."""
-        if frame.encoding != self.encoding.value:
-            raise BadFrame(f"{_place(frame)}: encoding {frame.encoding}, this transfer has {self.encoding.name}")
+        wanted = self.encoding.value
+        for frame in frames:
+            if frame.encoding != wanted:
+                raise BadFrame(f"{_place(frame)}: encoding {frame.encoding}, this transfer has {self.encoding.name}")
 
     async def take(self, frame: DataFrame) -> DataFrame | None:
         """The frame itself where nothing is packed. Otherwise the whole group as one frame, once its last frame is here.
@@ -79,7 +82,7 @@ class GroupUnpacker:
         Raises BadFrame for a frame of another encoding, or that is not the next of its group, and DigestMismatch for a group
         that does not unpack, or whose packed bytes are not those that were sent. Other frames may be taken meanwhile.
         """
-        self.check(frame)
+        self.check((frame,))
         if self._codec is None:
             return frame
         packed = self._gather(frame, self._codec.most_bytes(self._raw_bytes(frame)))

@@ -59,16 +59,13 @@ class Placement:
     def _room(self, at: Attachment, heads: Sequence[BlockHead]) -> KvRoom | None:
         """Where these frames belong in the pool, after a check of all that can be checked before their bytes are here."""
         stripe = at.stripe
-        for head in heads:
-            stripe.unpacker.check(head)
+        stripe.unpacker.check(heads)
         if not stripe.unpacker.passes_through:
             return None
         stripe.reassembly.check_heads(heads)
         block_ids = at.transfer.ticket.block_ids
         return self._port.import_room(
-            tuple(
-                KvPlace(block_ids[head.block_index], head.layer_group, head.offset_bytes, head.payload_bytes) for head in heads
-            )
+            tuple([KvPlace(block_ids[index], group, offset, size) for index, group, offset, size, *_ in heads])
         )
 
     async def _receive(self, at: Attachment, message: PushMessage, room: KvRoom) -> None:

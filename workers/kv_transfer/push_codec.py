@@ -84,11 +84,7 @@ class PushMessage:
     end: kv.EndFrame | None = None
     stream: int = 0
     body: Body = _NOTHING
-
-    @property
-    def payload_bytes(self) -> int:
-        """Of all data frames."""
-        return sum(head.payload_bytes for head in self.heads)
+    payload_bytes: int = 0  # of all data frames
 
     async def frames(self) -> list[DataFrame]:
         """The data frames with their payloads, in memory of their own. Once. Raises PeerUnavailable."""
@@ -111,17 +107,13 @@ def data_pieces(transfer_id: str, epoch: int, frames: Sequence[DataFrame], strea
     message = kv.PushFrame(transfer_id=transfer_id, epoch=epoch, stream=stream)
     parts, size = message.blocks.parts, 0
     for index, group, offset, payload, digest, encoding, pool_offset, pool_bytes in frames:
+        if pool_bytes:
+            parts.add(block_index=index, layer_group=group, digest=digest, pool_offset=pool_offset, pool_bytes=pool_bytes)
+            continue
         size += payload.nbytes
-        parts.add(
-            block_index=index,
-            layer_group=group,
-            offset_bytes=offset,
-            payload_bytes=payload.nbytes,
-            digest=digest,
-            encoding=cast("kv.KvEncoding", encoding),
-            pool_offset=pool_offset,
-            pool_bytes=pool_bytes,
-        )
+        part = parts.add(block_index=index, layer_group=group, offset_bytes=offset, payload_bytes=payload.nbytes, digest=digest)
+        if encoding:
+            part.encoding = cast("kv.KvEncoding", encoding)
     head = message.SerializeToString()
     if not size:
         return [head]
@@ -133,53 +125,81 @@ def encode_other(transfer_id: str, epoch: int, end: kv.EndFrame | None = None, s
     return kv.PushFrame(transfer_id=transfer_id, epoch=epoch, end=end, stream=stream).SerializeToString()
 
 
-def head_bytes(begin: memoryview, size_bytes: int) -> int | None:
-    """How much of a message of `size_bytes` precedes the bytes of its payload, by its beginning; None while that is not seen.
+class HeadScan:
+    """Divides one message of `size_bytes`, as its beginning becomes known: `measure` until it gives a size, then `decode`."""
 
-    Without a payload it is the whole message. Malformed ones have some head that `decode_head` refuses.
-    """
-    cut = _scan(begin, size_bytes)
-    if cut is None:
-        return None if len(begin) < size_bytes else size_bytes
-    return cut[1]
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+        self._fields_end = self._payload_bytes = 0
 
+    def measure(self, begin: memoryview) -> int | None:
+        """How much of the message precedes the bytes of its payload; None while that is not seen.
 
-def decode_head(head: memoryview, body_bytes: int, body: Body) -> PushMessage:
-    """The message of this head; `body` brings the `body_bytes` that follow it.
+        Without a payload it is the whole message. Malformed ones have some head that `decode` refuses.
+        """
+        at, known = 0, len(begin)
+        for _ in range(_MAX_FIELDS):
+            if at == self._size_bytes:
+                self._fields_end, self._payload_bytes = at, 0
+                return at
+            field_at = at
+            tag, at = _varint(begin, at, known)
+            value, at = _varint(begin, at, known)
+            if at < 0:
+                break
+            kind = tag & 7
+            if kind == _BYTES:
+                if tag >> 3 == _PAYLOAD:
+                    self._fields_end, self._payload_bytes = field_at, value
+                    return at
+                if tag >> 3 == _BLOCKS and value > MAX_PARTS * _MAX_PART_BYTES:
+                    break
+                at += value
+            elif kind != _VARINT:
+                break
+            if at > known:
+                break
+        if known < self._size_bytes:
+            return None
+        self._fields_end, self._payload_bytes = known, -1
+        return known
 
-    Raises ValueError, or DecodeError, for anything malformed.
-    """
-    cut = _scan(head, len(head) + body_bytes)
-    if cut is None or cut[1] != len(head):
-        raise ValueError("cut in the middle of a field")
-    fields_end, _, payload_bytes = cut
-    if payload_bytes != body_bytes:
-        raise ValueError(f"a payload of {payload_bytes} bytes, {body_bytes} follow: it must be the last field")
-    message = kv.PushFrame.FromString(bytes(head[:fields_end]))
-    has_end = message.HasField("end")
-    if has_end and message.HasField("blocks"):
-        raise ValueError("blocks beside the end")
-    heads = _heads(message.blocks)
-    if sum(part.payload_bytes for part in heads) != body_bytes:
-        raise ValueError(f"a payload of {body_bytes} bytes for parts of {[part.payload_bytes for part in heads]}")
-    end = message.end if has_end else None
-    return PushMessage(message.transfer_id, message.epoch, heads, end, message.stream, body if body_bytes else _NOTHING)
+    def decode(self, head: memoryview, body: Body) -> PushMessage:
+        """The message of a head that was measured; `body` brings what follows it.
+
+        Raises ValueError, or DecodeError, for anything malformed.
+        """
+        follow = self._size_bytes - len(head)
+        if self._payload_bytes != follow:
+            raise ValueError(
+                f"{follow} bytes follow the fields of {len(head)}: a payload must be the last one and end the message"
+            )
+        message = kv.PushFrame.FromString(bytes(head[: self._fields_end]))
+        has_end = message.HasField("end")
+        if has_end and message.HasField("blocks"):
+            raise ValueError("blocks beside the end")
+        heads = _heads(message.blocks, follow)
+        end = message.end if has_end else None
+        return PushMessage(message.transfer_id, message.epoch, heads, end, message.stream, body if follow else _NOTHING, follow)
 
 
 def decode_push(message: bytes | memoryview) -> PushMessage:
     """Reads a message that is whole; its body is a view into it. Raises ValueError, or DecodeError, for anything malformed."""
     view = memoryview(message)
-    size = head_bytes(view, len(view))
+    scan = HeadScan(len(view))
+    size = scan.measure(view)
     assert size is not None, "the whole message was seen"
-    return decode_head(view[:size], len(view) - size, MemoryBody(view[size:]))
+    return scan.decode(view[:size], MemoryBody(view[size:]))
 
 
-def _heads(blocks: kv.BlockFrames) -> tuple[BlockHead, ...]:
+def _heads(blocks: kv.BlockFrames, payload_bytes: int) -> tuple[BlockHead, ...]:
     parts = blocks.parts
     if len(parts) > MAX_PARTS:
         raise ValueError(f"{len(parts)} data frames, at most {MAX_PARTS} go into one message")
-    heads = tuple(
-        BlockHead(
+    heads: list[BlockHead] = []
+    carried = named = 0
+    for part in parts:
+        head = BlockHead(
             part.block_index,
             part.layer_group,
             part.offset_bytes,
@@ -189,52 +209,32 @@ def _heads(blocks: kv.BlockFrames) -> tuple[BlockHead, ...]:
             part.pool_offset,
             part.pool_bytes,
         )
-        for part in parts
-    )
-    for part in heads:
-        if (part.pool_bytes and (part.payload_bytes or part.encoding)) or (part.pool_offset and not part.pool_bytes):
-            raise ValueError("a frame names bytes of a pool and carries others, or packed ones")
-        if (part.pool_bytes > 0) is not (heads[0].pool_bytes > 0):
-            raise ValueError("frames that carry their bytes beside frames that name them")
-    return heads
+        heads.append(head)
+        carried += head.payload_bytes
+        if head.pool_bytes:
+            named += 1
+            if head.payload_bytes or head.encoding:
+                raise ValueError("a frame names bytes of a pool and carries others, or packed ones")
+        elif head.pool_offset:
+            raise ValueError("a frame names a place in a pool and no bytes there")
+    if named not in (0, len(heads)):
+        raise ValueError("frames that carry their bytes beside frames that name them")
+    if carried != payload_bytes:
+        raise ValueError(f"a payload of {payload_bytes} bytes for frames of {carried}")
+    return tuple(heads)
 
 
-def _scan(view: memoryview, size: int) -> tuple[int, int, int] | None:
-    """Where the fields before the payload end, where its bytes begin, and how many it says it has; None when the view is cut,
-    or malformed, before that."""
-    at = 0
-    for _ in range(_MAX_FIELDS):
-        if at == size:
-            return at, at, 0
-        field_at = at
-        tag, at = _varint(view, at)
-        value, at = _varint(view, at)
-        if at < 0:
-            return None
-        if tag >> 3 == _PAYLOAD and tag & 7 == _BYTES:
-            return field_at, at, value
-        if tag & 7 == _BYTES:
-            if tag >> 3 == _BLOCKS and value > MAX_PARTS * _MAX_PART_BYTES:
-                return None
-            at += value
-        elif tag & 7 != _VARINT:
-            return None
-        if at > len(view):
-            return None
-    return None
-
-
-def _varint(view: memoryview, at: int) -> tuple[int, int]:
-    """The number and what follows it; its place is negative when it is cut or too long."""
-    if 0 <= at < len(view) and view[at] < 0x80:  # nearly all of them
-        return view[at], at + 1
-    if at < 0:
-        return 0, at
-    value = 0
-    for shift, byte in enumerate(view[at : at + _MAX_VARINT_BYTES]):
-        value |= (byte & 0x7F) << 7 * shift
-        if byte < 0x80:
-            return value, at + shift + 1
+def _varint(view: memoryview, at: int, end: int) -> tuple[int, int]:
+    """The number and the place behind it, negative when it is cut or too long, or `at` was."""
+    if 0 <= at < end:
+        first = view[at]
+        if first < 0x80:  # nearly all of them
+            return first, at + 1
+        value = 0
+        for shift, byte in enumerate(view[at : at + _MAX_VARINT_BYTES]):
+            value |= (byte & 0x7F) << 7 * shift
+            if byte < 0x80:
+                return value, at + shift + 1
     return 0, -1
 
 

@@ -233,5 +233,8 @@ class Receiver:
 
     def _touch(self, transfer: Transfer) -> None:
         transfer.touched_s = time.monotonic()
+        if transfer.touched_s < transfer.booked_s + self._limits.progress_timeout_s / 16:
+            return  # the deadline in the ledger is some of these later than an entry may be idle
+        transfer.booked_s = transfer.touched_s
         if self._ledger.is_open(transfer.key):
             self._ledger.touch(transfer.key, self._limits.deadline_s(transfer.touched_s))

@@ -136,9 +136,9 @@ class StreamFeed:
                 await self._context.reach("handoff.mid_push")
                 whole = source.whole(index, block_id, group, batch)
                 for frame in await source.frames(index, block_id, group, batch) if whole is None else (whole,):
-                    if not batch.has_room(frame):
+                    if not batch.offer(frame):
                         await self._flush()
-                    batch.add(frame)
+                        assert batch.offer(frame), frame.size_bytes
             batch.completed.append(index)
             self._next_block += self._plan.streams
             if batch.full:
@@ -150,12 +150,12 @@ class StreamFeed:
         if not self._batch.frames:
             return
         frames, completed = self._batch.take()
-        size = sum(frame.size_bytes for frame in frames)
+        size, mapped = sum(frame.size_bytes for frame in frames), sum(frame.pool_bytes for frame in frames)
         plan, counters = self._plan, self._context.counters
         await self.open().send(data_pieces(plan.transfer_id, plan.epoch, frames, self._number), size)
         self._measures.bytes += size
         counters.kv_bytes_sent += size
-        counters.kv_bytes_mapped += sum(frame.pool_bytes for frame in frames)
+        counters.kv_bytes_mapped += mapped
         counters.kv_blocks_sent += len(completed)
         self._measures.sent(completed)
         self._progress()

@@ -37,6 +37,7 @@ class Transfer:
     window_bytes: int
     room_tokens: int  # KV rows that blocks were reserved for
     touched_s: float
+    booked_s: float = 0.0  # when the ledger heard of it last
     transfer_id: str = field(default_factory=lambda: secrets.token_hex(16))
     lifecycle: Lifecycle[ReceiveState] = field(default_factory=receiving)
     stripes: tuple[Stripe, ...] = ()

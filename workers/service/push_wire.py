@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from functools import partial
 from typing import Any
 
 from configs.address import parse_address
@@ -15,7 +14,7 @@ from configs.worker_spec import WorkerSpec
 from protos.rpc import parsed
 from protos.wire import kv
 from workers.kv_transfer.body import Body
-from workers.kv_transfer.push_codec import decode_head, head_bytes
+from workers.kv_transfer.push_codec import HeadScan
 from workers.kv_transfer.receiver import Receiver
 from workers.kv_wire.incoming import Incoming
 from workers.kv_wire.push_client import PushCall, dial
@@ -38,17 +37,17 @@ def push_handler(receiver: Receiver, method: str) -> Handler:
     """Push of a receiver, as bytes."""
 
     async def serve(messages: AsyncIterator[Incoming]) -> AsyncGenerator[bytes, None]:
-        async for reply in receiver.push(parsed(_heads(messages), lambda parts: decode_head(*parts), method)):
+        async for reply in receiver.push(parsed(_heads(messages), lambda parts: parts[0].decode(*parts[1:]), method)):
             yield reply.SerializeToString()
 
     return serve
 
 
-async def _heads(messages: AsyncIterator[Incoming]) -> AsyncIterator[tuple[memoryview, int, Body]]:
-    """The head of each message, how many bytes its body has, and the body, which is still on its way."""
+async def _heads(messages: AsyncIterator[Incoming]) -> AsyncIterator[tuple[HeadScan, memoryview, Body]]:
+    """The head of each message, and its body, which is still on its way."""
     async for message in messages:
-        head = await message.head(partial(head_bytes, size_bytes=message.size_bytes))
-        yield head, message.size_bytes - len(head), message
+        scan = HeadScan(message.size_bytes)
+        yield scan, await message.head(scan.measure), message
 
 
 def push_server(handoffs: Receiver, prefixes: Receiver, max_message_bytes: int, idle_s: float) -> PushServer:
