@@ -13,6 +13,8 @@ from protos.contract.errors import AutanError, BadFrame, HandoffTimeout, PeerUna
 from protos.rpc import error_of
 from protos.wire import kv, wire_to_error
 
+_TURN_BYTES = 4 * 1024 * 1024  # handed to the kernel in one turn of the event loop: about two milliseconds
+
 
 def stream_error(error: grpc.RpcError) -> AutanError:
     """The error behind a broken call; what the tree does not name counts as an unreachable peer."""
@@ -34,6 +36,7 @@ class PushStream:
         self._write_now = getattr(call, "write_now", None)
         self._credit = credit_bytes
         self._timeout_s = timeout_s
+        self._since_turn_bytes = 0
         self._wake = asyncio.Event()
         self._news = news
         self._commit: kv.Commit | None = None
@@ -64,8 +67,12 @@ class PushStream:
         await self._written()
         self._credit -= cost_bytes
         left = self._call.write(message) if self._write_now is None else self._write_now(message)
+        self._since_turn_bytes += cost_bytes
         if left is not None:
             self._writing = asyncio.create_task(_await(left))
+        elif self._since_turn_bytes < _TURN_BYTES:
+            return
+        self._since_turn_bytes = 0
         await asyncio.sleep(0)  # the transport has the message before the caller goes on computing
 
     async def _written(self) -> None:
