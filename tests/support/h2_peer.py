@@ -34,7 +34,7 @@ def in_frames(body: bytes, rng: random.Random, sizes: tuple[int, ...], *, pings:
     """The bytes of a call in frames of these sizes, pings between some of them."""
     wire = bytearray()
     while body:
-        size = rng.choice([*sizes, len(body)])
+        size = rng.choice([*sizes, -(-len(body) // 2)])  # so the last frames are small
         wire += frame(Kind.DATA, body[:size], stream=1)
         body = body[size:]
         if rng.random() < pings:
