@@ -90,8 +90,8 @@ def push_message(
 ) -> PushMessage:  # fmt: skip
     """The message of these data frames as it is when it was received."""
     heads = tuple(head_of(frame) for frame in frames)
-    body = MemoryBody(memoryview(b"".join(frame.payload for frame in frames)))
-    return PushMessage(transfer_id, epoch, heads, stream=stream, body=body)
+    payload = memoryview(b"".join(frame.payload for frame in frames))
+    return PushMessage(transfer_id, epoch, heads, stream=stream, body=MemoryBody(payload), payload_bytes=payload.nbytes)
 
 
 def head_of(frame: DataFrame) -> BlockHead:

@@ -165,9 +165,9 @@ def test_batches_keep_order_and_bounds(limit_bytes: int, blocks: int) -> None:
     for block, groups in enumerate(data):
         for group, raw in enumerate(groups):
             for frame in split(block, group, memoryview(raw), SCOPE.of(block, group, raw), limit_bytes):
-                if not batch.has_room(frame):
+                if not batch.offer(frame):
                     flush()
-                batch.add(frame)
+                    assert batch.offer(frame)
         batch.completed.append(block)
     flush()
     assert batch.take() == ([], []) and completed == list(range(blocks))

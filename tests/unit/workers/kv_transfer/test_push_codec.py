@@ -15,13 +15,12 @@ from workers.kv_transfer.body import MemoryBody
 from workers.kv_transfer.push_codec import (
     MAX_PARTS,
     DataFrame,
+    HeadScan,
     PushMessage,
     data_pieces,
-    decode_head,
     decode_push,
     encode_data,
     encode_other,
-    head_bytes,
 )
 
 U32 = st.integers(0, 2**32 - 1)
@@ -36,7 +35,7 @@ def carried(payload: bytes) -> st.SearchStrategy[DataFrame]:
 
 CARRIED = st.binary(max_size=300).flatmap(carried)
 NAMED = st.builds(
-    DataFrame, U32, U32, U32, st.just(memoryview(b"")), st.binary(max_size=16), st.just(0),
+    DataFrame, U32, U32, st.just(0), st.just(memoryview(b"")), st.binary(max_size=16), st.just(0),
     st.integers(0, 2**64 - 1), st.integers(1, 2**32 - 1),
 )  # fmt: skip
 PARTS = st.one_of(st.lists(CARRIED, min_size=1, max_size=6), st.lists(NAMED, min_size=1, max_size=6))
@@ -160,7 +159,7 @@ def test_a_payload_that_is_not_the_last_field_or_not_that_of_the_parts_is_refuse
     [
         ([part(b"x", pool_bytes=1)], "names bytes"),
         ([part(payload_bytes=1, pool_bytes=1).beside(b"x")], "names bytes"),
-        ([part(b"x", pool_offset=1)], "names bytes"),
+        ([part(b"x", pool_offset=1)], "names a place"),
         ([part(pool_bytes=1, encoding=1)], "names bytes"),
         ([part(b"x"), part(pool_bytes=1)], "beside frames"),
         ([part(pool_bytes=1), part(b"x")], "beside frames"),
@@ -181,7 +180,7 @@ def test_parts_that_lie_about_their_bytes_are_refused(sizes: list[int], data: st
     if sum(lies) == sum(sizes):
         assert [len(frame.payload) for frame in frames_of(decode_push(message.SerializeToString()))] == lies
         return
-    with pytest.raises(ValueError, match="for parts of"):
+    with pytest.raises(ValueError, match="for frames of"):
         decode_push(message.SerializeToString())
 
 
@@ -257,26 +256,31 @@ def test_every_beginning_of_a_message_gives_the_length_of_its_head_or_asks_for_m
     if frames is not None:
         message = encode_data("t", 5, frames, data.draw(U32))
     size = len(message)
-    whole = decode_push(message)
+    whole, scan = decode_push(message), HeadScan(size)
     expected = size - whole.payload_bytes
     for seen in range(size + 1):
-        found = head_bytes(memoryview(message)[:seen], size)
+        found = scan.measure(memoryview(message)[:seen])
         assert found == expected if seen >= expected else found is None
-    head = memoryview(message)[:expected]
-    again = decode_head(head, size - expected, MemoryBody(memoryview(message)[expected:]))
-    assert again.heads == whole.heads and frames_of(again) == frames_of(whole)
-    for wrong in {expected - 1, expected + 1} & set(range(size + 1)):
+    view = memoryview(message)
+    again = scan.decode(view[:expected], MemoryBody(view[expected:]))
+    assert (again.heads, again.end, again.payload_bytes) == (whole.heads, whole.end, whole.payload_bytes)
+    assert frames_of(again) == frames_of(whole)
+    for longer in (size - 1, size + 1):
+        wrong = HeadScan(longer)
+        known = next(
+            (found for seen in range(size + 1) if (found := wrong.measure(view[: min(seen, longer)])) is not None), size
+        )
         with pytest.raises(ValueError):
-            decode_head(memoryview(message)[:wrong], size - wrong, MemoryBody(memoryview(message)[wrong:]))
+            wrong.decode(view[:known], MemoryBody(view[known:]))
 
 
 @given(st.binary(max_size=60), st.data())
 def test_whatever_begins_it_the_head_is_known_once_everything_is(message: bytes, data: st.DataObject) -> None:
     """It never changes once it is known, and it never is beyond what was seen: a reader may ask with any beginning."""
     size = len(message)
-    known: int | None = None
+    scan, known = HeadScan(size), None
     for seen in range(size + 1):
-        found = head_bytes(memoryview(message)[:seen], size)
+        found = scan.measure(memoryview(message)[:seen])
         if known is not None:
             assert found == known
         assert found is None or found <= seen
