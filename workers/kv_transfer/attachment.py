@@ -11,7 +11,7 @@ from typing import TypeVar
 from protos.contract.errors import BadFrame, PeerUnavailable, StaleEpoch
 from workers.kv_transfer.body import Body
 from workers.kv_transfer.lifecycle import ReceiveState
-from workers.kv_transfer.push_codec import PushMessage
+from workers.kv_transfer.push_codec import DataFrame, PushMessage
 from workers.kv_transfer.stripe import Stripe
 from workers.kv_transfer.transfer import Transfer, TransferTable
 
@@ -71,6 +71,15 @@ class Attachment:
         with suppress(TimeoutError):
             await self._unless_woken(body.more())
         self.check_current()
+
+    async def frames(self, message: PushMessage) -> list[DataFrame]:
+        """The data frames of a message with their payloads, in memory of their own. Raises as `more` does, and BadFrame when the
+        commit is on its way without them."""
+        try:
+            return await self._unless_woken(message.frames())
+        except TimeoutError:
+            self.check_current()
+            raise BadFrame(f"{self.transfer.request_id}: a block after the end") from None
 
     async def _unless_woken(self, awaitable: Awaitable[T]) -> T:
         """Raises TimeoutError when the stripe is woken meanwhile."""

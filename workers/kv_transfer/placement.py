@@ -52,7 +52,7 @@ class Placement:
         if room is not None:
             await self._receive(at, message, room)
             return
-        for frame in await message.frames():
+        for frame in await at.frames(message):
             at.check_current()
             await self._place(at, frame)
 
