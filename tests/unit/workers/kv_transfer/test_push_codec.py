@@ -33,7 +33,7 @@ def carried(payload: bytes) -> st.SearchStrategy[DataFrame]:
     return st.builds(DataFrame, U32, U32, U32, st.just(memoryview(payload)), digests, ENCODINGS, empty, empty)
 
 
-CARRIED = st.binary(max_size=300).flatmap(carried)
+CARRIED = st.binary(max_size=100).flatmap(carried)
 NAMED = st.builds(
     DataFrame, U32, U32, st.just(0), st.just(memoryview(b"")), st.binary(max_size=16), st.just(0),
     st.integers(0, 2**64 - 1), st.integers(1, 2**32 - 1),
@@ -94,7 +94,7 @@ def test_parts_keep_their_order(count: int) -> None:
 
 @pytest.mark.parametrize("parts", [MAX_PARTS + 1, 1000, 5000])
 def test_more_parts_than_a_message_takes_are_refused(parts: int) -> None:
-    with pytest.raises(ValueError, match=r"at most 64|cut in the middle"):
+    with pytest.raises(ValueError, match=r"at most 64|0 bytes follow"):
         decode_push(message_of("t", 3, [part()] * parts).SerializeToString())
     # The same in several fields, which protobuf puts together.
     half = kv.PushFrame(blocks=kv.BlockFrames(parts=[kv.BlockFrame()] * (MAX_PARTS // 2 + 1))).SerializeToString()
