@@ -1,4 +1,4 @@
-"""The KV plane. Three parts, each in files of its own (`--parts transport,handoff,packing`):
+"""The KV plane. Four parts, each in files of its own (`--parts transport,handoff,packing,pool`):
 
     make bench-kv ARGS="--parts transport --blocks 64,256,1024,4096,16384 --megabytes 512 --rounds 5 --peers nixl,mooncake"
     make bench-kv ARGS="--parts handoff --models smollm2,tiny4 --prompts 1024,8192,32768 --rounds 5 --json"
@@ -7,6 +7,7 @@
 Transport: KV between two processes on loopback: this plane, a raw TCP socket, NIXL (UCX over TCP) and Mooncake (TCP), in turns.
 Hand-off: requests on the torch engine beside the same ones without a hand-off; see tests/bench/kv/handoff.py.
 Packing: what lossless and fp8 packing save and cost, and what fp8 does to tokens; see tests/bench/kv/packing.py.
+Pool: a decode step on a pool that other processes may map, beside one on plain memory; see tests/bench/kv/pool_pages.py.
 
 Every transport moves the same bytes from touched memory to touched memory; ours verifies a digest of each layer group, the
 others verify nothing. The clock runs from the first byte to the moment at which the source knows that all have arrived.
@@ -36,7 +37,7 @@ PEERS: dict[str, tuple[str, Callable[[], PeerEnv]]] = {
     "nixl": ("NIXL, UCX over TCP", ensure_nixl),
     "mooncake": ("Mooncake, TCP", ensure_mooncake),
 }
-PARTS = ("transport", "handoff", "packing")
+PARTS = ("transport", "handoff", "packing", "pool")
 _TIMEOUT_S = 120.0
 
 Measure = Callable[[int, int], dict[str, float]]
@@ -45,7 +46,7 @@ Measure = Callable[[int, int], dict[str, float]]
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Exits with code 2 on bad usage."""
     parser = argparse.ArgumentParser(prog="bench kv", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parts", default="transport,handoff,packing", help="of transport,handoff,packing")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of " + ",".join(PARTS))
     parser.add_argument("--models", default=",".join(handoff.MODELS), help="of the hand-offs and of the packing")
     parser.add_argument("--prompts", default="1024,8192,32768", help="of the hand-offs: tokens")
     parser.add_argument("--chunk", type=int, default=512, help="of the hand-offs: tokens of a prefill step")
@@ -204,6 +205,14 @@ def packing_part(options: argparse.Namespace) -> None:
     )
 
 
+def pool_part(options: argparse.Namespace) -> None:
+    """Every model; writes `kv-pool.json`."""
+    from tests.bench.kv import pool_pages
+
+    rows = [one for model in options.models for one in pool_pages.measure(model, options.rounds)]
+    publish("kv-pool", rows, threads=1, dtype="bfloat16", order="alternating, medians")
+
+
 def main(arguments: Sequence[str] | None = ()) -> None:
     """Runs the benchmark."""
     options = options_of(arguments)
@@ -211,6 +220,7 @@ def main(arguments: Sequence[str] | None = ()) -> None:
         "transport": (transport_part, "kv.json"),
         "handoff": (handoff_part, "kv-handoff.json"),
         "packing": (packing_part, "kv-packing.json"),
+        "pool": (pool_part, "kv-pool.json"),
     }
     for name in options.parts:
         run, file = parts[name]

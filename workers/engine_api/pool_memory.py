@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 Bytes = npt.NDArray[np.uint8]
 
 KEY_BYTES = 16
+_ALIGNMENT_BYTES = 4096  # rows that straddle cache lines make attention a fifth slower
 F_SEAL_FUTURE_WRITE = 0x10  # the one seal that Python has no name for: mappings made after it cannot write
 NEEDED_SEALS = 0 if sys.platform != "linux" else fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -62,14 +63,16 @@ class PoolMemory:
         return self._segment
 
     def allocate(self, size_bytes: int) -> Bytes:
-        """Zeros. At most once for each object; falls back to memory of its own, and logs why, when there can be no file."""
+        """Zeros that begin at a page. At most once for each object; falls back to memory of its own, and logs why, when there can be no file."""
         assert self._segment is None, "the pool has its memory already"
         if self._shared and size_bytes:
             try:
                 return self._in_file(size_bytes)
             except (OSError, AttributeError) as error:  # AttributeError: not on Linux
                 logger.warning("the KV pool cannot be shared with other processes of this host: %s", error)
-        return np.zeros(size_bytes, dtype=np.uint8)
+        spare = np.zeros(size_bytes + _ALIGNMENT_BYTES, dtype=np.uint8)
+        begin = -spare.__array_interface__["data"][0] % _ALIGNMENT_BYTES
+        return spare[begin : begin + size_bytes]
 
     def close(self) -> None:
         """From now on nobody can map the file any more; the memory lives on while somebody uses it. Idempotent."""
