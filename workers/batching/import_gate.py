@@ -39,6 +39,8 @@ class ImportGate:
 
     def room(self, places: tuple[KvPlace, ...]) -> ImportRoom | None:
         """See Engine.import_room."""
+        block_ids = frozenset(place.block_id for place in places)
+        self.while_open(block_ids, lambda: 0)
         views: list[memoryview] = []
         for block_id, group, offset_bytes, size_bytes in places:
             self._check(group, offset_bytes, size_bytes)
@@ -46,8 +48,6 @@ class ImportGate:
             if whole is None:
                 return None
             views.append(whole[offset_bytes : offset_bytes + size_bytes])
-        block_ids = frozenset(place.block_id for place in places)
-        self.while_open(block_ids, lambda: 0)
         return ImportRoom(self, block_ids, views)
 
     def while_open(self, block_ids: frozenset[int], fill: Callable[[], int]) -> int:
