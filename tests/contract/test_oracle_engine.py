@@ -9,6 +9,7 @@ from tests.contract.engine_contract import EngineContract
 from tests.contract.engine_handoff_contract import HandOffContract
 from tests.contract.engine_move_contract import MoveContract
 from tests.contract.engine_prefix_contract import PrefixContract
+from tests.contract.engine_room_contract import RoomContract
 from workers.batching.paged_engine import EngineLimits, PagedEngine
 from workers.engine_api.types import SamplingParams
 from workers.engines.oracle.model import OracleModel
@@ -44,6 +45,10 @@ class TestOracleEngine(EngineContract):
 
 
 class TestOracleHandOff(HandOffContract):
+    pass
+
+
+class TestOracleRoom(RoomContract):
     pass
 
 

@@ -10,6 +10,7 @@ import pytest
 from configs.schema.pools import EngineConfig, ModelConfig
 from tests.contract.driver import EngineFactory, EngineShape
 from tests.contract.engine_handoff_contract import HandOffContract
+from tests.contract.engine_room_contract import RoomContract
 from tests.contract.test_oracle_engine import MODEL, expected
 from tests.support.torch_models import engine_config
 from workers.batching.paged_engine import EngineLimits, PagedEngine
@@ -43,6 +44,10 @@ def make_engine() -> Iterator[EngineFactory]:
 
 
 class TestSharedOracleHandOff(HandOffContract):
+    pass
+
+
+class TestSharedOracleRoom(RoomContract):
     pass
 
 

@@ -22,6 +22,7 @@ from tests.contract.engine_recall_contract import (
     RecalledBytesContract,
     TieredFactory,
 )
+from tests.contract.engine_room_contract import RoomContract
 from tests.support.tier_world import HandLanes
 from tests.support.torch_models import a_runner, an_engine, tensors_of
 from workers.batching.engine_limits import EngineLimits
@@ -104,6 +105,10 @@ class TestTorchEngine(EngineContract):
 
 
 class TestTorchHandOff(HandOffContract):
+    pass
+
+
+class TestTorchRoom(RoomContract):
     pass
 
 

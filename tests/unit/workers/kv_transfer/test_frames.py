@@ -176,3 +176,96 @@ def test_batches_keep_order_and_bounds(limit_bytes: int, blocks: int) -> None:
         for frame in frames_of(decode_push(message)):
             pool += bytes(reassembly.accept(frame).payload)
     assert reassembly.complete and pool == b"".join(raw for groups in data for raw in groups)
+
+
+Verdict = type[HandoffError] | None
+
+
+def by_accept(reassembly: Reassembly, message: list[Part]) -> Verdict:
+    """The slow twin: frame by frame, each when its bytes are there."""
+    try:
+        for frame in message:
+            reassembly.accept(received(frame))
+    except HandoffError as error:
+        return type(error)
+    return None
+
+
+def by_heads(reassembly: Reassembly, message: list[Part]) -> Verdict:
+    """All heads before any bytes; then the bytes where they lie."""
+    decoded = decode_push(message_of("t", 7, message).SerializeToString())
+    try:
+        reassembly.check_heads(decoded.heads)
+        for head, frame in zip(decoded.heads, message, strict=True):
+            reassembly.verify(head, memoryview(bytearray(frame.payload)))
+    except HandoffError as error:
+        return type(error)
+    return None
+
+
+def _damage(rng: random.Random, frames: list[Part], at: int) -> None:
+    """One thing that is wrong in one place."""
+    kind, one = rng.randrange(7), frames[at]
+    if kind == 0:
+        payload = bytearray(one.payload)
+        payload[rng.randrange(len(payload))] ^= 1 << rng.randrange(8)
+        frames[at] = one.beside(bytes(payload))
+    elif kind == 1:
+        frames[at] = one.saying(digest=rng.randbytes(rng.choice([1, 15, 16, 17])))
+    elif kind == 2:
+        frames[at] = one.with_bytes(one.payload + bytes(rng.randint(1, 70)))
+    elif kind == 3:
+        frames[at] = one.with_bytes(one.payload[: rng.randrange(len(one.payload))])
+    elif kind == 4:
+        field = rng.choice(["block_index", "layer_group", "offset_bytes"])
+        frames[at] = one.saying(**{field: getattr(one.head, field) ^ 1 << rng.randrange(32)})
+    elif kind == 5:
+        frames.insert(at, one)
+    elif at + 1 < len(frames):
+        del frames[at]
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+@pytest.mark.parametrize("seed", range(60))
+def test_heads_before_bytes_give_what_frame_by_frame_gives(seed: int, is_damaged: bool) -> None:
+    rng = random.Random(seed)
+    first, stride = rng.randint(0, 1), rng.randint(1, 2)
+    frames = cut(content(5, seed), rng.randint(1, 80), first)
+    frames = [frame for frame in frames if (frame.head.block_index - first) % stride == 0]
+    if is_damaged:
+        _damage(rng, frames, rng.randrange(len(frames)))
+    slow, fast = (Reassembly(LAYOUT, SCOPE, first, 5, stride) for _ in range(2))
+    verdicts: list[tuple[Verdict, Verdict]] = []
+    while frames and (not verdicts or verdicts[-1] == (None, None)):
+        size = rng.randint(1, MAX_PARTS)
+        message, frames = frames[:size], frames[size:]
+        verdicts.append((by_accept(slow, message), by_heads(fast, message)))
+        if verdicts[-1] == (None, None):
+            assert (slow.next_block, slow.complete) == (fast.next_block, fast.complete)
+            assert (slow._block, slow._group, slow._offset) == (fast._block, fast._group, fast._offset)
+        if rng.random() < 0.1 and not is_damaged:
+            frames = _from_the_open_block(slow, fast, frames, message)
+    assert verdicts[-1][0] is verdicts[-1][1]
+    assert (verdicts[-1][0] is None and slow.complete and fast.complete) is not is_damaged
+
+
+def _from_the_open_block(slow: Reassembly, fast: Reassembly, frames: list[Part], message: list[Part]) -> list[Part]:
+    """Both forget the block that is not complete, if all of it that came was in the last message: it comes again."""
+    again = [frame for frame in message if frame.head.block_index == slow.next_block]
+    if again and (again[0].head.layer_group or again[0].head.offset_bytes):
+        return frames
+    slow.rewind()
+    fast.rewind()
+    return [*again, *frames]
+
+
+def test_heads_that_are_refused_change_nothing() -> None:
+    frames = cut(content(), 40)
+    reassembly = Reassembly(LAYOUT, SCOPE, 0, BLOCKS)
+    heads = decode_push(message_of("t", 7, [*frames[:3], frames[4]]).SerializeToString()).heads
+    with pytest.raises(BadFrame):
+        reassembly.check_heads(heads)
+    assert by_heads(reassembly, frames[:20]) is None
+    with pytest.raises(BadFrame):
+        reassembly.check_heads(heads)
+    assert by_heads(reassembly, frames[20:]) is None and reassembly.complete
