@@ -63,7 +63,8 @@ class PoolMemory:
         return self._segment
 
     def allocate(self, size_bytes: int) -> Bytes:
-        """Zeros that begin at a page. At most once for each object; falls back to memory of its own, and logs why, when there can be no file."""
+        """Zeros that begin at a page. At most once for each object; falls back to memory of its own, and logs why, when there
+        can be no file."""
         assert self._segment is None, "the pool has its memory already"
         if self._shared and size_bytes:
             try:

@@ -73,8 +73,8 @@ class Attachment:
         self.check_current()
 
     async def frames(self, message: PushMessage) -> list[DataFrame]:
-        """The data frames of a message with their payloads, in memory of their own. Raises as `more` does, and BadFrame when the
-        commit is on its way without them."""
+        """The data frames of a message with their payloads, in memory of their own. Raises as `more` does, and BadFrame when
+        the commit is on its way without them."""
         try:
             return await self._unless_woken(message.frames())
         except TimeoutError:

@@ -1,6 +1,4 @@
-"""One HTTP/2 connection that carries one call at a time: the socket, the windows of both directions, the frames in between.
-
-    OPEN -> LOST    the peer hung up, broke the protocol, or this side closed; whoever waits hears ConnectionLost
+"""One HTTP/2 connection that carries one call at a time: the windows of both directions and the frames in between.
 
 It reads by itself until a message has begun; from there on whoever takes the message says when, and where to. So a peer that is
 ahead is held back by TCP itself. Windows are as large as HTTP/2 allows and given back now and then.
@@ -12,7 +10,6 @@ import asyncio
 import logging
 import socket
 from collections.abc import Awaitable, Sequence
-from contextlib import suppress
 
 from workers.engine_api.memory_views import Write, copy_into
 from workers.kv_wire.h2_frames import (
@@ -34,39 +31,26 @@ from workers.kv_wire.h2_frames import (
 )
 from workers.kv_wire.header_blocks import MOST_LIST_BYTES, HeaderReader, Headers, HeaderWriter
 from workers.kv_wire.incoming import Incoming
+from workers.kv_wire.link import ConnectionLost, Link
 from workers.kv_wire.message_reader import CallFault, MessageReader
 from workers.kv_wire.peer_limits import IdleBudget, PeerLimits
-from workers.kv_wire.pieces import Piece, cut, drop, first_of
+from workers.kv_wire.pieces import Piece, cut, first_of
 
 logger = logging.getLogger(__name__)
 
 _READS_PER_TURN = 4  # of the event loop
 _RETURN_BYTES = 64 * 1024 * 1024  # of window, in one update
-_MOST_QUEUED_BYTES = 64 * 1024  # answers to a peer that reads none of them
-
-
-class ConnectionLost(Exception):
-    """The connection is over; the text says why."""
 
 
 class Connection:
     """Both sides of it. What differs is in `headers_came`, `stream_reset` and `call_failed`."""
 
     def __init__(self, sock: socket.socket, most_message_bytes: int, *, is_client: bool) -> None:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock, self._fd = sock, sock.fileno()
-        self._loop = asyncio.get_running_loop()
+        self._link = Link(sock, self._on_readable, self._on_lost)
         self._reader = MessageReader(self, most_message_bytes, LARGEST_FRAME_BYTES, expects_preface=not is_client)
         self._headers_in, self._headers_out = HeaderReader(), HeaderWriter()
-        self._queued = bytearray()  # control frames that wait for the end of the frame that is being written
-        self._is_writing = False
-        self._is_reading = False
-        self._writable: asyncio.Future[None] | None = None
-        self._news = asyncio.Event()
-        self._lost: str | None = None
         self._owed_bytes = 0  # of window
-        self._idle = IdleBudget(self._loop.time())
+        self._idle = IdleBudget(self._now_s())
         self._peer = PeerLimits()
         self._has_settings = False
         self.stream = 0  # of the call that runs; none: 0
@@ -98,7 +82,7 @@ class Connection:
     @property
     def is_lost(self) -> bool:
         """True when nothing comes or goes any more."""
-        return self._lost is not None
+        return self._link.lost is not None
 
     def begin_call(self, stream: int) -> None:
         """From now on DATA of this stream is the call's."""
@@ -113,22 +97,20 @@ class Connection:
 
     def close(self, why: str) -> None:
         """Ends the connection at once. Idempotent; nothing is read from any message that was being written."""
-        if self._lost is not None:
-            return
-        self._lost = why
-        self._loop.remove_reader(self._fd)
-        self._loop.remove_writer(self._fd)
-        self._sock.close()
-        for waiter in (self._writable, self._more):
-            if waiter is not None and not waiter.done():
-                waiter.set_result(None)
-        self._news.set()
+        self._link.close(why)
+
+    def _on_lost(self) -> None:
+        if self._more is not None and not self._more.done():
+            self._more.set_result(None)
         self.was_lost()
+
+    def _now_s(self) -> float:
+        return asyncio.get_running_loop().time()
 
     async def settled(self) -> None:
         """Returns when the peer has said what it takes. Raises ConnectionLost."""
         while not self._has_settings:
-            await self._changed()
+            await self._link.changed()
 
     # -- in -------------------------------------------------------------------------------------------------------------
 
@@ -141,7 +123,7 @@ class Connection:
         while not self._reader.has_message:
             if self._has_ended:
                 return None
-            await self._changed()
+            await self._link.changed()
         self._idle.message()
         self._is_reading_message = True
         return Incoming(self)
@@ -179,49 +161,39 @@ class Connection:
         """Straight from the socket; the views are of the message, and of no other frame."""
         targets = [*views, self._reader.ahead]
         try:
-            count = write(lambda: self._sock.recvmsg_into(targets)[0])
-        except (BlockingIOError, InterruptedError):
-            return 0
-        except OSError as error:
-            self.close(f"the connection broke: {error}")
-            raise self.loss_of_message() from error
-        if not count:
-            self.close("the peer hung up")
-            raise self.loss_of_message()
+            count = write(lambda: self._link.receive(targets))
+        except ConnectionLost as lost:
+            raise self.loss_of_message() from lost
         direct = min(count, sum(view.nbytes for view in views))
-        self._reader.received(direct, count - direct)
+        if count:
+            self._reader.received(direct, count - direct)
         return direct
 
     def _fill_small(self) -> bool:
         """Reads what is there, up to bytes of the message; false when nothing is there now."""
-        if self._has_ended or self._lost is not None:
+        if self._has_ended:
             raise self.loss_of_message()
         try:
-            if self._reader.parse():  # what came behind bytes that were given out since
-                self._flush()
-                return True
-            count = self._sock.recv_into(self._reader.buffer())
-            if count:
+            self._link.check()
+            if not self._reader.parse():  # what came behind bytes that were given out since
+                count = self._link.receive([self._reader.buffer()])
+                if not count:
+                    return False
                 self._reader.filled(count)
-                self._flush()
-                return True
-            self.close("the peer hung up")
-        except (BlockingIOError, InterruptedError):
-            return False
-        except OSError as error:
-            self.close(f"the connection broke: {error}")
+        except ConnectionLost as lost:
+            raise self.loss_of_message() from lost
         except WireFault as fault:
             self._refuse(fault)
-        raise self.loss_of_message()
+            raise self.loss_of_message() from fault
+        self._link.flush()
+        return True
 
     async def more(self) -> None:
         """See Source."""
-        if self._lost is not None:
+        if self._link.lost is not None:
             raise self.loss_of_message()
-        self._more = self._loop.create_future()
-        if not self._is_reading:
-            self._loop.add_reader(self._fd, self._on_readable)
-            self._is_reading = True
+        self._more = asyncio.get_running_loop().create_future()
+        self._link.watch(True)
         try:
             await self._more
         finally:
@@ -229,7 +201,7 @@ class Connection:
 
     def loss_of_message(self) -> Exception:
         """What to raise to whoever reads a message that will not come whole."""
-        return ConnectionLost(self._lost or "the peer ended the call in the middle of a message")
+        return ConnectionLost(self._link.lost or "the peer ended the call in the middle of a message")
 
     def data_begins(self, head: FrameHead) -> bool:
         """See FrameHandler."""
@@ -254,7 +226,7 @@ class Connection:
     def peer_ended(self) -> None:
         """The peer sends nothing more on the call."""
         self._has_ended = True
-        self._news.set()
+        self._link.notify()
 
     def peer_is_deaf(self) -> None:
         """The peer sends nothing more on the call, and takes nothing more."""
@@ -304,7 +276,7 @@ class Connection:
             raise WireFault(Code.PROTOCOL_ERROR, "a frame in the middle of a header block")
 
     def _count_idle(self) -> None:
-        self._idle.spend(self._loop.time())
+        self._idle.spend(self._now_s())
 
     def _apply(self, head: FrameHead, payload: memoryview) -> None:
         if head.stream:
@@ -317,7 +289,7 @@ class Connection:
         self._peer.apply(found)
         self._has_settings = True
         self._queue(frame(Kind.SETTINGS, flags=ACK))
-        self._news.set()
+        self._link.notify()
 
     def _widen(self, head: FrameHead, payload: memoryview) -> None:
         size = read_number(payload) & LARGEST_WINDOW_BYTES
@@ -327,13 +299,13 @@ class Connection:
             self._peer.widen(size, is_stream=head.stream != 0)
         elif self._is_unknown(head.stream):
             raise WireFault(Code.PROTOCOL_ERROR, f"WINDOW_UPDATE of stream {head.stream}, which was never begun")
-        self._news.set()
+        self._link.notify()
 
     # -- out ------------------------------------------------------------------------------------------------------------
 
     async def send_headers(self, headers: Sequence[tuple[str, str]], *, is_end: bool = False) -> None:
         """One header list of the call. Raises ConnectionLost."""
-        await self._write([self._headers_out.frame(self.stream, headers, END_STREAM if is_end else 0)])
+        await self._link.write([self._headers_out.frame(self.stream, headers, END_STREAM if is_end else 0)])
 
     async def send_data(self, pieces: Sequence[Piece]) -> None:
         """Hands these bytes to the kernel, in as few frames as the peer takes. Raises ConnectionLost; cancelled in the middle
@@ -345,121 +317,48 @@ class Connection:
                 raise ConnectionLost("the peer has ended the call")
             size = min(left, self._peer.room_bytes)
             if size <= 0:
-                await self._changed()
+                await self._link.changed()
                 continue
             part, rest = cut(rest, size)
             self._peer.spend(size)
             left -= size
-            await self._write([head(size, Kind.DATA, stream=stream), *part])
+            await self._link.write([head(size, Kind.DATA, stream=stream), *part])
 
     def send_now(self, pieces: Sequence[Piece]) -> Awaitable[None] | None:
         """As `send_data`, begun at once: None when the kernel has taken everything, else what takes it the rest, to be awaited
         unless the connection is closed."""
         size = sum(len(piece) for piece in pieces)
-        must_wait = self._is_writing or self._queued or self._lost is not None or self._is_deaf
-        if must_wait or size > self._peer.room_bytes:
+        if self._is_deaf or size > self._peer.room_bytes or not self._link.can_write_now:
             return self.send_data(pieces)
         self._peer.spend(size)
-        rest: list[Piece] = [head(size, Kind.DATA, stream=self.stream), *pieces]
-        with suppress(BlockingIOError, InterruptedError):
-            try:
-                rest = drop(rest, self._sock.sendmsg(rest))
-            except ConnectionError as error:
-                self.close(f"the connection broke: {error}")
-        if not rest:
-            return None
-        self._is_writing = True
-        return self._finish(rest)
+        return self._link.write_now([head(size, Kind.DATA, stream=self.stream), *pieces])
 
     async def end_data(self) -> None:
         """Nothing more comes on the call from here. Raises ConnectionLost."""
-        await self._write([head(0, Kind.DATA, END_STREAM, self.stream)])
-
-    async def _write(self, pieces: list[Piece]) -> None:
-        while self._is_writing and self._lost is None:
-            await self._changed()
-        self._is_writing = True
-        rest: list[Piece] = pieces
-        if self._queued:
-            rest = [bytes(self._queued), *pieces]
-            self._queued.clear()
-        await self._finish(rest)
-
-    async def _finish(self, rest: list[Piece]) -> None:
-        """Writes whole frames, while nobody else may."""
-        try:
-            while rest:
-                if self._lost is not None:
-                    raise ConnectionLost(self._lost)
-                try:
-                    sent = self._sock.sendmsg(rest)
-                except (BlockingIOError, InterruptedError):
-                    await self._until_writable()
-                    continue
-                except OSError as error:
-                    self.close(f"the connection broke: {error}")
-                    continue
-                rest = drop(rest, sent)
-        finally:
-            self._is_writing = False
-            if rest:
-                self.close("cut in the middle of a frame")
-        self._news.set()
-        if self._queued:
-            self._flush()
-
-    async def _until_writable(self) -> None:
-        self._writable = self._loop.create_future()
-        writable = self._writable
-        self._loop.add_writer(self._fd, lambda: None if writable.done() else writable.set_result(None))
-        try:
-            await writable
-        finally:
-            self._writable = None
-            if self._lost is None:
-                self._loop.remove_writer(self._fd)
-
-    def _queue(self, control: bytes) -> None:
-        self._queued += control
-        if len(self._queued) > _MOST_QUEUED_BYTES:
-            raise WireFault(Code.ENHANCE_YOUR_CALM, "the peer asks and does not read the answers")
-
-    def _flush(self) -> None:
-        """Writes control frames as far as the socket takes them now; the rest goes with what is written next, or read next."""
-        if self._is_writing or not self._queued or self._lost is not None:
-            return
-        try:
-            sent = self._sock.send(self._queued)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            self.close(f"the connection broke: {error}")
-            return
-        del self._queued[:sent]
+        await self._link.write([head(0, Kind.DATA, END_STREAM, self.stream)])
 
     # -- the socket -----------------------------------------------------------------------------------------------------
 
     def _begin(self, is_client: bool) -> None:
-        self._queued += greeting(MOST_LIST_BYTES, is_client=is_client)
-        self._flush()
+        self._queue(greeting(MOST_LIST_BYTES, is_client=is_client))
+        self._link.flush()
         self._read_on()
+
+    def _queue(self, control: bytes) -> None:
+        self._link.queue(control)
 
     def _read_on(self) -> None:
         """Reads again, beginning with what is here already."""
-        if self._lost is not None:
+        if self._link.lost is not None:
             return
         try:
             self._reader.parse()
         except WireFault as fault:
             self._refuse(fault)
             return
-        self._watch()
-        self._flush()
-
-    def _watch(self) -> None:
-        if not self._is_reading and not self._reader.has_message and self._lost is None:
-            self._loop.add_reader(self._fd, self._on_readable)
-            self._is_reading = True
+        if not self._reader.has_message:
+            self._link.watch(True)
+        self._link.flush()
 
     def _on_readable(self) -> None:
         if self._more is not None:
@@ -467,42 +366,28 @@ class Connection:
                 self._more.set_result(None)
             return
         if self._reader.has_message:  # whoever takes it is busy
-            self._loop.remove_reader(self._fd)
-            self._is_reading = False
+            self._link.watch(False)
             return
         try:
             for _ in range(_READS_PER_TURN):
-                if self._reader.has_message or self._lost is not None:
-                    break
                 buffer = self._reader.buffer()
-                count = self._sock.recv_into(buffer)
-                if not count:
-                    self.close("the peer hung up")
-                    return
-                self._reader.filled(count)
-                if count < len(buffer):
+                count = self._link.receive([buffer])
+                if count:
+                    self._reader.filled(count)
+                if count < len(buffer) or self._reader.has_message:
                     break
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError as error:
-            self.close(f"the connection broke: {error}")
+        except ConnectionLost:
             return
         except WireFault as fault:
             self._refuse(fault)
             return
         if self._reader.has_message:
-            self._news.set()
-        self._flush()
+            self._link.notify()
+        self._link.flush()
 
     def _refuse(self, fault: WireFault) -> None:
         logger.warning("a connection of the KV wire ends: %s: %s", fault.code.name, fault)
-        if not self._is_writing:
-            self._queued += goaway(0, fault)
-            self._flush()
+        if not self._link.is_writing:
+            self._link.queue(goaway(0, fault))
+            self._link.flush()
         self.close(f"{fault.code.name}: {fault}")
-
-    async def _changed(self) -> None:
-        if self._lost is not None:
-            raise ConnectionLost(self._lost)
-        self._news.clear()
-        await self._news.wait()

@@ -13,10 +13,11 @@ from typing import Generic, TypeVar
 import grpc
 import grpc.aio
 
-from workers.kv_wire.connection import Connection, ConnectionLost
+from workers.kv_wire.connection import Connection
 from workers.kv_wire.grpc_status import failure, failure_of
 from workers.kv_wire.h2_frames import Code, WireFault
 from workers.kv_wire.header_blocks import Headers
+from workers.kv_wire.link import ConnectionLost
 from workers.kv_wire.message_reader import PREFIX_BYTES, CallFault
 from workers.kv_wire.pieces import Piece
 

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 
 from protos.contract.errors import PeerUnavailable
 from protos.rpc import status_of, told_error
-from workers.kv_wire.connection import Connection, ConnectionLost
+from workers.kv_wire.connection import Connection
 from workers.kv_wire.grpc_status import trailers
 from workers.kv_wire.h2_frames import Code, WireFault, reset
 from workers.kv_wire.header_blocks import Headers
 from workers.kv_wire.incoming import Incoming
+from workers.kv_wire.link import ConnectionLost
 from workers.kv_wire.message_reader import PREFIX_BYTES, CallFault
 
 logger = logging.getLogger(__name__)
@@ -230,7 +231,7 @@ class _ServerConnection(Connection):
 
     def _wait_idle(self) -> None:
         if not self.is_lost:
-            self._idle_timer = self._loop.call_later(self._server.limits.idle_s, self.close, "no call came")
+            self._idle_timer = asyncio.get_running_loop().call_later(self._server.limits.idle_s, self.close, "no call came")
 
 
 def _refusal(headers: Headers, handlers: Mapping[str, Handler]) -> str | None:
