@@ -23,7 +23,7 @@ from tests.contract.engine_recall_contract import (
     TieredFactory,
 )
 from tests.support.tier_world import HandLanes
-from tests.support.torch_models import a_runner, an_engine, tensors_of
+from tests.support.torch_models import a_runner, an_engine, exact_tensors
 from workers.batching.engine_limits import EngineLimits
 from workers.batching.paged_engine import PagedEngine
 from workers.engine_api.clock import ManualClock
@@ -81,7 +81,7 @@ def make_tiered(folder: Path) -> Iterator[TieredFactory]:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> Expected:
-    config, tensors = read_config(folder), tensors_of(folder)
+    config, tensors = read_config(folder), exact_tensors(folder)
 
     @cache
     def logits_after(tokens: tuple[int, ...]) -> torch.Tensor:
