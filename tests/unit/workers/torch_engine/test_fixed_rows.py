@@ -24,9 +24,6 @@ from workers.engines.torch.fixed_rows import ROWS, FixedRowSteps, row_passes
 from workers.engines.torch.runner import TorchRunner
 from workers.engines.torch.tiny import write_tiny
 
-# The native kernels, where there are any, share their work among threads.
-pytestmark = pytest.mark.usefixtures("two_threads")
-
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 160, "num_attention_heads": 10, "num_key_value_heads": 5},
     "mistral": {"sliding_window": 40, "intermediate_size": 328},
