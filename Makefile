@@ -2,7 +2,7 @@
 # stamps below .venv/stamps follow pyproject.toml and constraints.txt, so the next run installs nothing.
 #
 #   make demo    a cluster on this machine answers real prompts, then stops
-#   make test    the tests                      (ARGS="-k epoch" narrows them)
+#   make test    the tests, in two processes     (ARGS="-k epoch" narrows them; ARGS=-n0 runs them in one)
 #   make check   lint, formatting, types, import rules, fresh stubs
 #   make bench   the benchmarks; with ARGS=--list only their names; make bench-NAME runs one
 #   make soak    the tests that take minutes
@@ -58,8 +58,10 @@ venv: $(STAMPS)/base
 demo: $(STAMPS)/model
 	$(VENV)/bin/autan demo
 
+# Whole files in the order of tests/support/order.py. Tests start hundreds of Python processes: without cached bytecode each
+# of them would compile its modules anew.
 test: $(STAMPS)/dev $(STAMPS)/model
-	$(PY) -m pytest -m 'not soak' $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not soak' $(ARGS)
 
 check: $(STAMPS)/dev
 	$(PY) -m ruff check .

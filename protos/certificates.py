@@ -18,27 +18,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from protos.contract.errors import AutanError, ConfigError
 from protos.contract.identity import SERVING_ROLES, PeerIdentity, identity_of
+from protos.tls_files import TlsFiles
 
 _MAX_FILE_BYTES = 1024 * 1024
 _MAX_CHAIN = 8
 _OTHERS = stat.S_IRWXO | stat.S_IWGRP  # a group may read a key: that is how mounted secrets come
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """Where the certificates of one process are. `ca`: whom it trusts; `cert` and `key`: what it shows. Either may lack."""
-
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
-
-    def __post_init__(self) -> None:
-        assert (self.cert is None) == (self.key is None), "a certificate goes with its key"
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The files that there are."""
-        return tuple(path for path in (self.ca, self.cert, self.key) if path is not None)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

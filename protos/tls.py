@@ -12,13 +12,16 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from protos.certificates import TlsBundle, TlsFiles, read_bundle
 from protos.contract.errors import ConfigError
 from protos.contract.identity import PeerIdentity
+from protos.tls_files import TlsFiles
+
+if TYPE_CHECKING:
+    from protos.certificates import TlsBundle
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ class Certificates:
         self._expected = identity
         self._lock = threading.Lock()
         self._seen = _stamp(files)
-        self._bundle = read_bundle(files, wall_clock_s(), identity)
+        self._bundle = _read(files, wall_clock_s(), identity)
         self._generation = 1
         self.problem = ""  # why files that changed are not used; empty while they are
 
@@ -86,7 +89,7 @@ class Certificates:
     def _reload(self) -> None:
         names = ", ".join(str(path) for path in self._files.paths)
         try:
-            self._bundle = read_bundle(self._files, self._wall_clock_s(), self._expected)
+            self._bundle = _read(self._files, self._wall_clock_s(), self._expected)
         except ConfigError as error:
             self.problem = error.message
             logger.error("changed certificates are not used, those from before stay in force: %s", error)
@@ -115,6 +118,12 @@ class Trust:
     def channel_options(self) -> list[tuple[str, Any]]:
         """The name that the server's certificate must have, when it is not the address."""
         return [] if self.server is None else [("grpc.ssl_target_name_override", self.server.server_name)]
+
+
+def _read(files: TlsFiles, now_s: float, expected: PeerIdentity | None) -> TlsBundle:
+    from protos.certificates import read_bundle  # only who has certificates pays for the library that reads them
+
+    return read_bundle(files, now_s, expected)
 
 
 def _configuration(bundle: TlsBundle) -> Any:

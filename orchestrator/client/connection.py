@@ -23,7 +23,6 @@ from orchestrator.client.messages import (
     generate_request,
 )
 from orchestrator.client.progress import Progress
-from protos.certificates import TlsFiles
 from protos.contract.errors import (
     AutanError,
     ClusterUnreachable,
@@ -33,6 +32,7 @@ from protos.contract.errors import (
     UnknownRequest,
 )
 from protos.rpc import admin_pb2_grpc, error_of, inference_pb2_grpc
+from protos.tls_files import TlsFiles
 from protos.wire import admin, inference
 
 _BACKOFF_S = (0.05, 1.0)

@@ -7,11 +7,11 @@ import json
 from configs import env
 from configs.address import parse_address
 from orchestrator.ingress.clock import wall_clock_s
-from protos.certificates import TlsFiles
 from protos.contract.errors import ClusterUnreachable, ConfigError
 from protos.contract.identity import PeerIdentity, PeerRole
 from protos.rpc import Dialer
 from protos.tls import Certificates
+from protos.tls_files import TlsFiles
 
 
 def find_endpoint(cluster: str | None = None) -> str:

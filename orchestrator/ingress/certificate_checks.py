@@ -13,9 +13,9 @@ from cryptography import x509
 from configs.address import parse_address
 from orchestrator.ingress.clock import wall_clock_s
 from orchestrator.store.replies import InstanceRecord
-from protos.certificates import TlsFiles
 from protos.contract.identity import PeerIdentity, PeerRole
 from protos.tls import Certificates
+from protos.tls_files import TlsFiles
 from protos.wire import admin
 
 _SOON_DAYS = 14

@@ -11,11 +11,11 @@ from configs.address import Address
 from configs.schema.network import IngressConfig, NetworkConfig
 from orchestrator.ingress.certificate_checks import CertificateChecks
 from orchestrator.ingress.clock import wall_clock_s
-from protos.certificates import TlsFiles
 from protos.contract.errors import ConfigError
 from protos.contract.identity import PeerGate, PeerIdentity, PeerRole
 from protos.rpc import Dialer, channel_options
 from protos.tls import Certificates
+from protos.tls_files import TlsFiles
 
 
 @dataclass(frozen=True, slots=True)

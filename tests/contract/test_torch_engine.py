@@ -24,12 +24,12 @@ from tests.contract.engine_recall_contract import (
 )
 from tests.contract.engine_room_contract import RoomContract
 from tests.support.tier_world import HandLanes
-from tests.support.torch_models import a_runner, an_engine, tensors_of
+from tests.support.torch_models import a_runner, an_engine, exact_tensors, run_all
 from workers.batching.engine_limits import EngineLimits
 from workers.batching.paged_engine import PagedEngine
 from workers.engine_api.clock import ManualClock
 from workers.engine_api.protocol import Engine
-from workers.engine_api.types import SamplingParams
+from workers.engine_api.types import EngineRequest, SamplingParams
 from workers.engines.torch.config import read_config
 from workers.engines.torch.reference import reference_logits
 from workers.engines.torch.sampler_reference import draw
@@ -81,23 +81,36 @@ def make_tiered(folder: Path) -> Iterator[TieredFactory]:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> Expected:
-    config, tensors = read_config(folder), tensors_of(folder)
+def expected(folder: Path) -> Iterator[Expected]:
+    """Every token is drawn from the slow twin's logits after the tokens before it.
+
+    A pass of the slow twin gives the logits after every position of what it is shown. It is shown the answer of an engine at
+    once, so that one pass is enough where that is right; from the first token that is not, what was drawn itself.
+    """
+    config, tensors = read_config(folder), exact_tensors(folder)
+    known: dict[tuple[int, ...], torch.Tensor] = {}
+    guesser = an_engine(folder)
+
+    def logits_after(tokens: tuple[int, ...], guess: tuple[int, ...]) -> torch.Tensor:
+        if tokens not in known:
+            shown = guess if guess[: len(tokens)] == tokens else tokens
+            logits = reference_logits(config, tensors, shown)
+            known.update({shown[:end]: logits[end - 1] for end in range(len(tokens), len(shown) + 1)})
+        return known[tokens]
 
     @cache
-    def logits_after(tokens: tuple[int, ...]) -> torch.Tensor:
-        return reference_logits(config, tensors, tokens)[-1]
-
-    def tokens(prompt: tuple[int, ...], sampling: SamplingParams) -> list[int]:
-        output: list[int] = []
+    def answer(prompt: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
+        guessed = run_all(guesser, [EngineRequest(request_id="guess", epoch=1, prompt=prompt, sampling=sampling)])
+        guess, output = (*prompt, *guessed["guess"]), tuple[int, ...]()
         while len(output) < sampling.max_tokens:
-            token = draw(logits_after((*prompt, *output)).numpy(), sampling, len(output))
-            output.append(token)
+            token = draw(logits_after((*prompt, *output), guess).numpy(), sampling, len(output))
+            output += (token,)
             if token in sampling.stop_token_ids:
                 break
         return output
 
-    return tokens
+    yield lambda prompt, sampling: list(answer(prompt, sampling))
+    guesser.close()
 
 
 class TestTorchEngine(EngineContract):

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.client import Client
 from orchestrator.runtime.run_dir import read_run_files
 from tests.support.cluster import expected_output, oracle_config, random_prompt
 from tests.support.command import Autan, cluster_values
@@ -127,12 +127,13 @@ def test_a_bad_request_is_refused_with_a_sentence(
     assert "Traceback" not in done.stderr and len(done.stderr.strip()) > 20
     if code is not None:
         assert json.loads(done.stdout)["error"]["code"] == code
-    after = served.json("generate", "still there", "--max-tokens", "3")
-    assert len(after["token_ids"]) == 3
-    # What instances tell of themselves in the status is as old as their last heartbeat.
-    give_up_s = time.monotonic() + 15
-    while any(one["kv_blocks"]["used"] for one in served.json("status")["instances"]):
-        assert time.monotonic() < give_up_s, "blocks stay in use after every request has ended"
+    with Client(read_run_files(served.home)[0].endpoint) as client:
+        assert len(client.complete("still there", max_tokens=3).token_ids) == 3
+        # What instances tell of themselves in the status is as old as their last heartbeat.
+        wait_until(
+            lambda: all(one.stats.used_blocks == 0 for one in client.status().instances),
+            "no block is in use after every request has ended", 15.0,
+        )  # fmt: skip
 
 
 def test_the_books_and_the_doctor_as_commands(served: Autan) -> None:

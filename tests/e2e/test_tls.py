@@ -14,9 +14,9 @@ from orchestrator.cli.lab_ca import LabCa
 from orchestrator.cli.local_cluster import LocalCluster
 from orchestrator.client import AsyncClient, Delta
 from orchestrator.ingress.certificate_checks import shown_certificate
-from protos.certificates import TlsFiles
 from protos.contract.errors import ClusterUnreachable, Forbidden, Unauthenticated
 from protos.contract.identity import PeerRole
+from protos.tls_files import TlsFiles
 from protos.wire import admin as wire
 from tests.support.certificates import Lab, a_lab, identity
 from tests.support.cluster import (

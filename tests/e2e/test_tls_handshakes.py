@@ -16,9 +16,9 @@ import grpc
 import pytest
 
 from orchestrator.ingress.auth import key_digest
-from protos.certificates import TlsFiles
 from protos.contract.identity import PeerRole, roles_of
 from protos.rpc import Dialer
+from protos.tls_files import TlsFiles
 from tests.support.certificates import Lab, Showing, a_lab, forged, identity
 from tests.support.command import Autan, cluster_values
 from tests.support.rpc_methods import LISTENERS, Method, every_method, outcome

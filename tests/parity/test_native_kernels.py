@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.torch_models import a_runner, a_slice, random_tokens, tensors_of
+from tests.support.threads import threads
+from tests.support.torch_models import a_runner, a_slice, exact_tensors, random_tokens
 from workers.batching.runner import Slice
 from workers.engines.torch import reference
 from workers.engines.torch.config import read_config
@@ -20,7 +22,10 @@ from workers.engines.torch.native.library import load_library
 from workers.engines.torch.runner import TorchRunner
 from workers.engines.torch.tiny import write_tiny
 
-pytestmark = pytest.mark.skipif(load_library() is None, reason="this machine has no compiler or no AVX-512 bf16")
+pytestmark = [
+    pytest.mark.skipif(load_library() is None, reason="this machine has no compiler or no AVX-512 bf16"),
+    pytest.mark.usefixtures("two_threads"),
+]
 
 SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -48,6 +53,19 @@ def two_runners(folder: Path, monkeypatch: pytest.MonkeyPatch, **fields: Any) ->
 def logits_of(runner: TorchRunner, pieces: list[Slice]) -> Tensor:
     with torch.inference_mode():
         return runner._steps.logits(runner._decoder, pieces, runner._cache, torch.device("cpu")).clone()
+
+
+def plain_logits_of(runner: TorchRunner, pieces: list[Slice]) -> Tensor:
+    """Of a runner that torch's operators serve, for which one thread is as good as two."""
+    with threads(1):
+        return logits_of(runner, pieces)
+
+
+def exact_logits(folder: Path, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """By the reference in fp64, after every position of each sequence."""
+    with threads(1):
+        config, tensors = read_config(folder), exact_tensors(folder)
+        return [reference.reference_logits(config, tensors, tokens) for tokens in sequences]
 
 
 def errors_of(logits: Tensor, exact: Tensor) -> Tensor:
@@ -82,7 +100,7 @@ def test_random_batches(kind: str, dims: dict[str, Any], tmp_path: Path, monkeyp
     rng.shuffle(free)
     tables = [tuple(free.pop() for _ in range(-(-length // block_tokens))) for length in lengths]
     sequences = [random_tokens(seed, length) for seed, length in enumerate(lengths)]
-    exact = [reference.reference_logits(read_config(folder), tensors_of(folder), tokens) for tokens in sequences]
+    exact = exact_logits(folder, sequences)
     done = [0] * len(lengths)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     while any(at < length for at, length in zip(done, lengths, strict=True)):
@@ -99,7 +117,7 @@ def test_random_batches(kind: str, dims: dict[str, Any], tmp_path: Path, monkeyp
                     room -= count
         if not pieces:
             continue
-        results = [logits_of(runner, pieces) for runner in runners]
+        results = [logits_of(runners[0], pieces), plain_logits_of(runners[1], pieces)]
         sampled = [piece for piece in pieces if piece.sample]
         wanted = torch.stack([exact[int(piece.request_id)][piece.start + piece.count - 1] for piece in sampled])
         seen.append((results[0], results[1], wanted))
@@ -126,14 +144,14 @@ def test_narrow_steps_of_every_width(kind: str, tmp_path: Path, monkeypatch: pyt
     tables = [tuple(range(21 * row, 21 * row + 21)) for row in range(40)]
     for row, table in enumerate(tables):
         length = 329 if row == 3 else 20 + 7 * row
-        for runner in (native, plain):
-            logits_of(runner, [a_slice(tokens, 0, length, table)])
-    exact = reference.reference_logits(read_config(folder), tensors_of(folder), tokens)
+        logits_of(native, [a_slice(tokens, 0, length, table)])
+        plain_logits_of(plain, [a_slice(tokens, 0, length, table)])
+    (exact,) = exact_logits(folder, [tokens])
     for width in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 17, 31, 33, 40):
         pieces = [a_slice(tokens, 329 if row == 3 else 20 + 7 * row, 1, tables[row]) for row in range(width)]
         wanted = torch.stack([exact[piece.start] for piece in pieces])
         outliers = width // 10 if kind == "mistral-small-4" else 0
-        assert_no_worse(logits_of(native, pieces), logits_of(plain, pieces), wanted, outliers=outliers)
+        assert_no_worse(logits_of(native, pieces), plain_logits_of(plain, pieces), wanted, outliers=outliers)
 
 
 @pytest.mark.parametrize("dims", [{}, {"tie_word_embeddings": True, "hidden_size": 72, "intermediate_size": 200}])
@@ -148,8 +166,8 @@ def test_int8_weights_as_they_are_stored(dims: dict[str, Any], tmp_path: Path, m
     tokens = random_tokens(3, 330)
     for widths in ([329], [40, 1], [1], [1] * 2, [1] * 3, [1] * 5, [1] * 33, [1, 1, 150]):
         pieces = [a_slice(tokens, 0, width, tuple(range(21 * row, 21 * row + 21))) for row, width in enumerate(widths)]
-        seen = [logits_of(runner, pieces).double() for runner in (native, plain, exact)]
-        assert_no_worse(*seen)
+        seen = [logits_of(native, pieces), *(plain_logits_of(runner, pieces) for runner in (plain, exact))]
+        assert_no_worse(*(logits.double() for logits in seen))
 
 
 def test_two_engines_of_one_process_do_not_disturb_each_other(tmp_path: Path) -> None:

@@ -12,26 +12,20 @@ from tokenizers import Tokenizer
 from tests.support.torch_models import an_engine, hand_off, transformers_choices, transformers_twin
 from workers.engine_api.protocol import Engine
 from workers.engine_api.types import EngineRequest, SamplingParams
-from workers.engines.torch.demo_model import ensure_demo_model
 
 PARAGRAPH = "The quick brown fox, aged 27, jumps over the lazy dog near the café; nobody knows why it does so. "
 CODE = "def average(numbers):\n    total = 0\n    for n in numbers:\n        total += n\n    return total / len(number)\n"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_demo_model(tmp_path_factory.mktemp("cache"))
+def twin(demo_model_dir: Path) -> Any:
+    return transformers_twin(demo_model_dir)
 
 
 @pytest.fixture(scope="module")
-def twin(folder: Path) -> Any:
-    return transformers_twin(folder)
-
-
-@pytest.fixture(scope="module")
-def engines(folder: Path) -> Iterator[tuple[Engine, Engine]]:
+def engines(demo_model_dir: Path) -> Iterator[tuple[Engine, Engine]]:
     fields = {"block_tokens": 64, "num_blocks": 128, "max_batch_tokens": 512}
-    pair = an_engine(folder, **fields), an_engine(folder, **fields)
+    pair = an_engine(demo_model_dir, **fields), an_engine(demo_model_dir, **fields)
     yield pair
     for engine in pair:
         engine.close()
@@ -45,9 +39,9 @@ def engines(folder: Path) -> Iterator[tuple[Engine, Engine]]:
     ids=["1", "7", "29", "700", "2000"],
 )
 def test_greedy_tokens_through_a_hand_off(
-    text: str, num_tokens: int, folder: Path, twin: Any, engines: tuple[Engine, Engine]
+    text: str, num_tokens: int, demo_model_dir: Path, twin: Any, engines: tuple[Engine, Engine]
 ) -> None:
-    prompt = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[:num_tokens]
+    prompt = Tokenizer.from_file(str(demo_model_dir / "tokenizer.json")).encode(text).ids[:num_tokens]
     assert len(prompt) == num_tokens
     before = engines[0].stats()
     request = EngineRequest(request_id=f"r{num_tokens}", epoch=1, prompt=tuple(prompt), sampling=SamplingParams(max_tokens=64))

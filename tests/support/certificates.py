@@ -16,9 +16,9 @@ from cryptography.x509.oid import NameOID
 
 from configs.schema.network import TlsConfig
 from orchestrator.cli.lab_ca import LabCa, Pair
-from protos.certificates import TlsFiles
 from protos.contract.identity import PeerIdentity, PeerRole
 from protos.tls import Certificates
+from protos.tls_files import TlsFiles
 
 
 @dataclass(frozen=True)

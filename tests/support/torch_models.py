@@ -45,6 +45,11 @@ def tensors_of(model_dir: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("language_model."): tensor for name, tensor in stored.items()}
 
 
+def exact_tensors(model_dir: Path) -> dict[str, torch.Tensor]:
+    """`tensors_of` in fp64, as the reference computes: converted once for many sequences."""
+    return {name: tensor.double() for name, tensor in tensors_of(model_dir).items()}
+
+
 def transformers_twin(model_dir: Path) -> Any:
     """The checkpoint as a transformers model in fp32, with the softmax scale of the released Mistral Small 4."""
     import transformers

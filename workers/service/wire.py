@@ -9,11 +9,11 @@ import grpc.aio
 
 from configs.address import parse_address
 from configs.worker_spec import WorkerSpec
-from protos.certificates import TlsFiles
 from protos.contract.errors import ConfigError
 from protos.contract.identity import PeerGate, PeerIdentity, PeerRole
 from protos.rpc import Dialer, GuardInterceptor, channel_options, server_options
 from protos.tls import Certificates
+from protos.tls_files import TlsFiles
 from workers.service.clock import wall_clock_s
 
 _MAX_CONCURRENT_RPCS = 4096

@@ -24,10 +24,10 @@ from pathlib import Path
 import grpc.aio
 
 from orchestrator.cli.lab_ca import LabCa
-from protos.certificates import TlsFiles
 from protos.contract.identity import PeerGate, PeerIdentity, PeerRole
 from protos.rpc import DEFAULT_MESSAGE_BYTES, Dialer, GuardInterceptor, server_options
 from protos.tls import Certificates
+from protos.tls_files import TlsFiles
 from protos.wire import common
 from tests.bench.kv import raw_socket
 from tests.support.kv_memory import BLOCK_TOKENS, FINGERPRINT, Hooks, MemoryPool, request_of

@@ -18,10 +18,10 @@ from configs.schema.network import IngressConfig
 from orchestrator.ingress.parts import IngressSettings
 from orchestrator.ingress.server import IngressServer
 from orchestrator.store.client import Store
-from protos.certificates import TlsFiles
 from protos.contract.identity import PeerRole, roles_of
 from protos.rpc import channel_options, open_channel
 from protos.tls import Trust
+from protos.tls_files import TlsFiles
 from tests.support.certificates import Lab, Showing, a_lab, forged, identity
 from tests.support.ingress_world import oracle_model
 from tests.support.rpc_methods import LISTENERS, Method, every_method, outcome

@@ -14,9 +14,9 @@ import pytest
 from configs.schema.network import IngressConfig
 from orchestrator.cli.lab_ca import LabCa
 from orchestrator.client import AsyncClient
-from protos.certificates import TlsFiles
 from protos.contract.errors import ClusterUnreachable, ConfigError, Unauthenticated
 from protos.contract.identity import PeerRole
+from protos.tls_files import TlsFiles
 from tests.support.certificates import forged
 from tests.support.ingress_world import a_world
 from tests.support.store import FreshStore

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli.lab_ca import LabCa
-from protos.certificates import TlsFiles, read_bundle
+from protos.certificates import read_bundle
 from protos.contract.errors import ConfigError
 from protos.contract.identity import PeerRole
 from protos.tls import Certificates
+from protos.tls_files import TlsFiles
 from tests.support.certificates import Lab, a_lab, forged, identity
 
 DAY_S = 86_400.0

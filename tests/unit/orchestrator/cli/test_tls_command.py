@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from configs.schema.network import TlsConfig
-from orchestrator.cli.main import app
+from orchestrator.cli.main import command_line
 from protos.contract.errors import ConfigError
 from protos.contract.identity import PeerRole
 from tests.support.certificates import forged
@@ -18,7 +18,7 @@ from tests.support.certificates import forged
 
 def autan(*arguments: str | Path) -> Any:
     """The JSON that the command prints. Raises the error that `main` would map to an exit code."""
-    done = CliRunner().invoke(app, ["tls", *map(str, arguments), "--json"])
+    done = CliRunner().invoke(command_line("tls"), ["tls", *map(str, arguments), "--json"])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return {**json.loads(done.stdout), "exit": done.exit_code}

@@ -24,13 +24,8 @@ from workers.engines.torch.gguf_import import convert_gguf, half_split_rows
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def folder(cache: Path) -> Path:
-    return ensure_demo_model(cache)
+def folder(demo_model_dir: Path) -> Path:
+    return demo_model_dir
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,9 @@ def test_the_folder_is_a_checkpoint(folder: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
 
 
-def test_a_second_import_changes_nothing(cache: Path, folder: Path) -> None:
+def test_a_second_import_changes_nothing(folder: Path) -> None:
+    cache = folder.parent
+
     def states() -> dict[str, tuple[int, int]]:
         return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}
 

@@ -26,6 +26,9 @@ from workers.engines.torch.native.decoder import NativeDecoder
 from workers.engines.torch.runner import TorchRunner
 from workers.engines.torch.steps import EagerSteps
 
+# The native kernels, where there are any, share their work among threads.
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 CPU = torch.device("cpu")
 
 

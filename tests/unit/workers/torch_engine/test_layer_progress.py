@@ -16,6 +16,9 @@ from workers.engines.oracle.model import OracleModel
 from workers.engines.oracle.runner import OracleRunner
 from workers.engines.torch.tiny import write_tiny
 
+# The native kernels, where there are any, share their work among threads.
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 CHUNK, TOKENS = 48, 200
 
 

@@ -12,6 +12,9 @@ from tests.support.torch_models import GREEDY, LogitsProbe, a_runner, a_slice, e
 from workers.batching.runner import Slice
 from workers.engines.torch.build import ModelConfig, create_runner
 
+# The native kernels, where there are any, share their work among threads.
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 TOKENS = random_tokens(1, 40)
 TABLE = (7, 0, 3)
 
