@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 
-from tests.architecture.source import PRODUCT, files, name, tree
+from tests.architecture.source import PRODUCT, ROOT, files, name, tree
+from tests.support.order import COSTS_S
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -30,3 +31,7 @@ def test_functions_are_short() -> None:
 def test_no_drawer_modules() -> None:
     drawers = {"utils.py", "util.py", "helpers.py", "misc.py", "common.py"}
     assert [name(path) for path in files(*PRODUCT, "tests") if path.name in drawers] == []
+
+
+def test_the_costly_test_files_are_there() -> None:
+    assert [path for path in COSTS_S if not (ROOT / path).is_file()] == []
