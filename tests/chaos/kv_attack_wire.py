@@ -53,10 +53,9 @@ class Attack:
         self.done += 1
         self.outcomes[outcome] += 1
 
-    @property
-    def is_next(self) -> bool:
-        """True when the attack happens in the hand-off that begins now."""
-        return not self.is_over and bool(self.earlier) == self.case.second_epoch
+    def is_next(self, epoch: int) -> bool:
+        """True when the attack happens in the hand-off of this epoch. One that is only tried again is no second one."""
+        return not self.is_over and any(one.claim.epoch < epoch for one in self.earlier) == self.case.second_epoch
 
 
 class AttackWire(FaultyWire):
@@ -80,17 +79,19 @@ class AttackWire(FaultyWire):
 
     async def Open(self, request: kv.OpenRequest, context: Any) -> kv.OpenReply:
         attack = self.attacks.get(request.request_id)
-        if attack is None or not (attack.is_next or attack.case.second_epoch):
+        is_next = attack is not None and attack.is_next(request.epoch)
+        if attack is None or not (is_next or attack.case.second_epoch):
             return await super().Open(request, context)
-        if attack.is_next and attack.case.stage is Stage.OPEN:
+        if is_next and attack.case.stage is Stage.OPEN:
             refusal = await self._attack_open(attack, request)
             if refusal is not None:
                 raise refusal
         reply: kv.OpenReply = await super().Open(request, context)
         attack.now = Honest(request, reply.transfer_id)
-        if attack.is_next and attack.case.stage is Stage.CLOSE:
+        is_next = attack.is_next(request.epoch)
+        if is_next and attack.case.stage is Stage.CLOSE:
             await self._attack_close(attack, request, reply)
-        if attack.is_next and attack.case.stage is Stage.OPEN_REPLY:
+        if is_next and attack.case.stage is Stage.OPEN_REPLY:
             attack.is_over = True
             reply = self._changed(attack, reply)
             attack.note("told the sender" if reply is not None else "not told")
@@ -190,7 +191,7 @@ class AttackWire(FaultyWire):
         honest = await self._kept(attack, frames)
         if honest is None:
             return
-        if not attack.is_next:  # the first of two hand-offs: the sender is told that it failed
+        if not attack.is_next(honest.claim.epoch):  # the first of two hand-offs: the sender is told that it failed
             attack.earlier.append(honest)
             yield kv.PushReply(refused=error_to_wire(BadFrame("the attacker keeps this one")))
             return
