@@ -114,7 +114,13 @@ class _Reader:
             raise ModelError(f"{self.source}: num_hidden_layers {layers} is above {MAX_LAYERS}; correct the file")
         named = self.keys.get("layer_types")
         if isinstance(named, Sequence) and not isinstance(named, str) and len(named) == layers:
-            known = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear", "attention": "full", "indexed_attention": "full"}
+            known = {
+                "full_attention": "full",
+                "sliding_attention": "sliding",
+                "linear_attention": "linear",
+                "attention": "full",
+                "indexed_attention": "full",
+            }
             return [self._known(word, known) for word in named]
         return self._kinds_by_rule(layers)
 
@@ -220,12 +226,12 @@ class _Reader:
         return dense_first or index in named or by_step
 
 
-def _grouped(layers: Sequence[tuple[Mixer | None, Ffn | None]]) -> list[Blocks]:
+def _grouped(layers: Sequence[tuple[Mixer | None, Ffn | None]]) -> tuple[Blocks, ...]:
     """Equal blocks together, in order of first appearance."""
     counted: dict[tuple[Mixer | None, Ffn | None], int] = {}
     for layer in layers:
         counted[layer] = counted.get(layer, 0) + 1
-    return [Blocks(count=count, mixer=mixer, ffn=ffn) for (mixer, ffn), count in counted.items()]
+    return tuple(Blocks(count=count, mixer=mixer, ffn=ffn) for (mixer, ffn), count in counted.items())
 
 
 def _weights(quantised: object) -> WeightFormat:
@@ -234,7 +240,12 @@ def _weights(quantised: object) -> WeightFormat:
         return "bf16"
     said = f"{quantised.get('quant_method', '')} {quantised.get('quant_algo', '')} {quantised.get('format', '')}".lower()
     bits = quantised.get("bits") or quantised.get("weight_bits")
-    named: tuple[tuple[str, WeightFormat], ...] = (("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"), ("fp8", "fp8"), ("float-quantized", "fp8"))
+    named: tuple[tuple[str, WeightFormat], ...] = (
+        ("mxfp4", "mxfp4"),
+        ("nvfp4", "nvfp4"),
+        ("fp8", "fp8"),
+        ("float-quantized", "fp8"),
+    )
     for word, weights in named:
         if word in said:
             return weights

@@ -57,12 +57,11 @@ def read_description(path: Path, kind: type[Described]) -> Described:
     try:
         return kind.model_validate(document.value)
     except ValidationError as invalid:
-        raise ConfigError(
-            "\n".join(
-                f"{path}:{document.line_of(tuple(error['loc']))}: {'.'.join(str(part) for part in error['loc'])}: {error['msg']}"
-                for error in invalid.errors(include_url=False)
-            )
-        ) from invalid
+        lines = [
+            f"{path}:{document.line_of(error['loc'])}: {'.'.join(map(str, error['loc']))}: {error['msg']}"
+            for error in invalid.errors(include_url=False)
+        ]
+        raise ConfigError("\n".join(lines)) from invalid
 
 
 def _named(what: str, name: str, known: dict[str, Described]) -> Described:

@@ -66,7 +66,7 @@ class Hardware(Section):
 
     name: Name
     title: Line
-    aliases: list[Line] = []
+    aliases: Annotated[tuple[Line, ...], Field(strict=False)] = ()
     generation: Literal["ampere", "ada", "hopper", "blackwell", "cdna3"]
     link: Literal["nvlink", "pcie", "xgmi"]
     gpus_per_domain: Annotated[int, Field(ge=1, le=1024)]  # GPUs that reach each other over `link`

@@ -134,7 +134,7 @@ class ModelDescription(Section):
 
     name: Name
     title: Line
-    aliases: list[Line] = []
+    aliases: Annotated[tuple[Line, ...], Field(strict=False)] = ()
     source: Line
     hidden: Size
     vocab: Size
@@ -142,6 +142,6 @@ class ModelDescription(Section):
     context_tokens: Size
     default_format: WeightFormat = "bf16"
     four_bits: Literal["experts", "linear"] = "linear"
-    blocks: Annotated[list[Blocks], Field(min_length=1, max_length=512)]
+    blocks: Annotated[tuple[Blocks, ...], Field(strict=False, min_length=1, max_length=512)]
     vision: Vision | None = None
     published: Published | None = None

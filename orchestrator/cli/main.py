@@ -9,7 +9,22 @@ import sys
 
 import typer
 
-from orchestrator.cli import cancel, config_file, demo, doctor, down, generate, kv, migrate, model, requests, status, tls, up
+from orchestrator.cli import (
+    cancel,
+    config_file,
+    demo,
+    doctor,
+    down,
+    generate,
+    kv,
+    migrate,
+    model,
+    plan,
+    requests,
+    status,
+    tls,
+    up,
+)
 from orchestrator.cli.output import fail
 from protos.contract.errors import AutanError
 
@@ -34,6 +49,7 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(kv.app, name="kv")
 app.add_typer(config_file.app, name="config")
 app.add_typer(model.app, name="model")
+app.add_typer(plan.app, name="plan")
 app.add_typer(tls.app, name="tls")
 
 

@@ -81,6 +81,22 @@ def band(point: MeasuredPoint) -> str:
     return f"clients {lowest:3.0f} to {BANDS[at]:3.0f}" if at < len(BANDS) else f"clients {lowest:3.0f} and more"
 
 
+def summary(found: Predicted, beyond: Sequence[int]) -> dict[str, list[Errors]]:
+    """Rows by group, by model and by load, their means, and the means without the points in `beyond`."""
+    kept = found.without(beyond)
+    parts = {"group": lambda point: point.group, "model": lambda point: point.model.name, "band": band}
+    rows: dict[str, list[Errors]] = {name: found.by(key) for name, key in parts.items()}
+    rows["means"] = [
+        mean_of(rows["group"], "mean of groups"),
+        mean_of(rows["model"], "mean of models"),
+        mean_of(kept.by(parts["group"]), "mean of groups, explicable points"),
+        mean_of(kept.by(parts["model"]), "mean of models, explicable points"),
+        found.errors("all points", range(len(found.points))),
+        kept.errors("explicable points", range(len(kept.points))),
+    ]
+    return rows
+
+
 def predicted(points: Sequence[MeasuredPoint], constants: Constants) -> Predicted:
     """With these constants."""
     found = Predictor.of(points).predict(constants)

@@ -76,6 +76,8 @@ class StepBatch:
     def sequences(self) -> Number:
         """Sequences that the host touches."""
         found: Number = 0.0
-        for part in (*self.chunks, *self.decodes):
-            found = found + part.sequences
+        for chunk in self.chunks:
+            found = found + chunk.sequences
+        for decodes in self.decodes:
+            found = found + decodes.sequences
         return found

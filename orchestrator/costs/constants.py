@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -44,6 +45,36 @@ class ConstantTable(Section):
 def shipped_table() -> ConstantTable:
     """The table that comes with Autan."""
     return read_description(_TABLE, ConstantTable)
+
+
+def refitted(table: ConstantTable, values: Mapping[str, float], provenance: str) -> ConstantTable:
+    """The table with other values; priors, bounds and sources stay."""
+    constants = {
+        name: constant.model_copy(update={"value": float(values.get(name, constant.value))})
+        for name, constant in table.constants.items()
+    }
+    return table.model_copy(update={"provenance": provenance, "constants": constants})
+
+
+def dump(table: ConstantTable) -> str:
+    """YAML that reads back as an equal table, values to five digits."""
+    lines = [
+        "# The constants of the cost model. `autan plan fit CSV --out FILE` writes such a table.",
+        f"provenance: {json.dumps(table.provenance)}",
+    ]
+    lines.append("constants:")
+    for name, one in table.constants.items():
+        numbers = (("value", one.value), ("prior", one.prior), ("low", one.low), ("high", one.high), ("spread", one.spread))
+        lines.append(f"  {name}:")
+        lines.append("    " + "\n    ".join(f"{key}: {_number(number)}" for key, number in numbers))
+        lines.append(f"    meaning: {json.dumps(one.meaning)}\n    source: {json.dumps(one.source)}")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    """Five digits, in a form that YAML 1.2 reads as a float."""
+    text = f"{value:.5g}"
+    return text if any(mark in text for mark in ".e") else f"{text}.0"
 
 
 @dataclass(frozen=True, slots=True)

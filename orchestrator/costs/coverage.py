@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from orchestrator.costs.number import Number, smaller
@@ -17,5 +18,5 @@ def covered(experts: Number, picks: Number, tokens: Number) -> Number:
 
 
 def covered_skewed(probabilities: Sequence[float], tokens: float) -> float:
-    """As `covered` when expert i is picked with `probabilities[i]` by a token (they sum to the picks): the slow, general way."""
-    return sum(1.0 - (1.0 - probability) ** tokens for probability in probabilities)
+    """As `covered` when a token picks expert i with `probabilities[i]`, which sum to its picks: the slow, general way."""
+    return math.fsum(1.0 - (1.0 - probability) ** tokens for probability in probabilities)

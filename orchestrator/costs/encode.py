@@ -42,6 +42,4 @@ def encode_cost(
         Operator(name="launch", seconds=vision.layers * KERNELS_PER_LAYER * engine.kernel_s),
         Operator(name="host", seconds=engine.step_s + engine.sequence_s * images),
     )
-    return StepCost(
-        operators=operators, memory_bytes_per_s=rates.memory_bytes_per_s, link_bytes_per_s=rates.link_bytes_per_s
-    )
+    return StepCost(operators=operators, memory_bytes_per_s=rates.memory_bytes_per_s, link_bytes_per_s=rates.link_bytes_per_s)

@@ -9,7 +9,7 @@ what the points do not show keeps the value that the reference tables give it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,9 +47,10 @@ def fit(points: Sequence[MeasuredPoint], table: ConstantTable) -> Fitted:
     loss = first = problem.loss(logs)
     damping = 1e-2
     rounds = 0
-    for rounds in range(1, ROUNDS + 1):
+    while rounds < ROUNDS:
+        rounds += 1
         residuals, weights = problem.residuals(logs)
-        jacobian = _jacobian(lambda at: problem.residuals(at)[0], logs, residuals)
+        jacobian = _jacobian(problem, logs, residuals)
         better, logs, after, damping = _descend(problem, logs, (residuals, weights, jacobian), (low, high), loss, damping)
         gain, loss = loss - after, after
         if not better or gain < 1e-4 * loss:
@@ -114,12 +115,12 @@ class _Problem:
         return float(self.weights @ data + PRIOR_WEIGHT / 2.0 * prior.sum())
 
 
-def _jacobian(function: Callable[[Vector], Vector], at: Vector, value: Vector) -> NDArray[np.float64]:
+def _jacobian(problem: _Problem, at: Vector, value: Vector) -> NDArray[np.float64]:
     columns = []
     for index in range(len(at)):
         moved = at.copy()
         moved[index] += STEP
-        columns.append((function(moved) - value) / STEP)
+        columns.append((problem.residuals(moved)[0] - value) / STEP)
     return np.stack(columns, axis=1)
 
 

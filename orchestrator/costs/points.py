@@ -123,7 +123,14 @@ def _weights(model: ModelDescription, precision: str) -> WeightFormat:
     """Of the precision a row names; the model's own where it names none, or where its experts have four bits anyway."""
     if model.default_format == "mxfp4" or precision == "":
         return model.default_format
-    known: dict[str, WeightFormat] = {"fp8": "fp8", "fp4": "nvfp4", "nvfp4": "nvfp4", "bf16": "bf16", "int8": "int8", "int4": "int4"}
+    known: dict[str, WeightFormat] = {
+        "fp8": "fp8",
+        "fp4": "nvfp4",
+        "nvfp4": "nvfp4",
+        "bf16": "bf16",
+        "int8": "int8",
+        "int4": "int4",
+    }
     if precision not in known:
         raise ConfigError(f"precision {precision!r} is not known (known: {', '.join(known)})")
     return known[precision]
@@ -140,7 +147,9 @@ def _whole_role(row: dict[str, str], weights: WeightFormat, kv: KvFormat) -> Rol
     if expert == expert_tensor > 1 and max(tensor, data) == expert * expert:
         # Benchmarks that name tensor and expert size of the same n GPUs are listed as n x n GPUs.
         tensor, data = (expert, 1) if tensor > 1 else (1, expert)
-    return Role(instances=1, layout=Layout(tensor=tensor, data=data, expert=_divisor(tensor * data, expert), weights=weights, kv=kv))
+    return Role(
+        instances=1, layout=Layout(tensor=tensor, data=data, expert=_divisor(tensor * data, expert), weights=weights, kv=kv)
+    )
 
 
 def _split_role(row: dict[str, str], role: str, weights: WeightFormat, kv: KvFormat) -> Role:

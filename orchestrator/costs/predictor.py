@@ -50,7 +50,10 @@ class Predictor:
     def predict(self, constants: Constants) -> ServingPoint:
         """The points' means, as arrays in their order."""
         backends = [point.backend for point in self.points]
-        per = lambda name: _array(constants.of_backends(name, backends))
+
+        def per(name: str) -> NDArray[np.float64]:
+            return _array(constants.of_backends(name, backends))
+
         loop = ClosedLoop(
             prefill=self.prefill,
             decode=self.decode,
@@ -63,6 +66,7 @@ class Predictor:
             sequence_limit=per("sequence_limit"),
             engine=EngineCosts(**{field.name: per(f"engine_{field.name}") for field in fields(EngineCosts)}),
             first_token_s=per("first_token_s"),
+            first_wave=per("first_wave"),
             handoff_s=constants["handoff_s"],
         )
         return predict(loop, constants)

@@ -53,6 +53,7 @@ class ClosedLoop:
     sequence_limit: Number  # requests that an engine runs at a time, whatever its memory
     engine: EngineCosts
     first_token_s: Number
+    first_wave: Number  # share of the requests whose prompts meet those of all other clients
     handoff_s: Number
 
 
@@ -111,12 +112,11 @@ def _shared(
     loop: ClosedLoop, running: Number, prompt_steps: Number, step: Number, extra: Number, constants: Constants
 ) -> _Shared:
     """One pool computes prompts and answers."""
-    first_wave = constants["first_wave"]
     others = running - 1.0
-    carried = others / (prompt_steps + loop.output_tokens) * extra * (1.0 - first_wave / 2.0)
+    carried = others / (prompt_steps + loop.output_tokens) * extra * (1.0 - loop.first_wave / 2.0)
     wait_steps = larger(prompt_steps - loop.prompt_tokens / loop.chunk_tokens, 0.0)
     met = 1.0 + _convoy(loop, constants) * others / running
-    burst = first_wave * extra * others / 2.0
+    burst = loop.first_wave * extra * others / 2.0
     return _Shared(
         carried_s=carried, first_s=step + extra * met + constants["queueing"] * wait_steps * (step + carried) + burst
     )
@@ -128,7 +128,7 @@ def _apart(loop: ClosedLoop, running: Number, step: Number, extra: Number, const
     service = extra / servers
     answer_s = loop.output_tokens * step
     wait = larger(_response(service, answer_s, loop.concurrency) - service, 0.0) * constants["queueing"]
-    burst = constants["first_wave"] * service * larger(loop.concurrency - servers, 0.0) / 2.0
+    burst = loop.first_wave * service * larger(loop.concurrency - servers, 0.0) / 2.0
     met = 1.0 + _convoy(loop, constants) * larger(loop.concurrency - servers, 0.0) / loop.concurrency
     first = extra * met + wait + burst + loop.handoff_s + step
     return _Apart(decoding=larger(running * answer_s / (answer_s + first), 1.0), first_s=first)

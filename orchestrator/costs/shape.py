@@ -38,11 +38,13 @@ class GpuRates:
     memory_bytes_per_s: Number
     link_bytes_per_s: Number
     nic_bytes_per_s: Number
+    gpus_per_domain: Number  # that reach each other over the link
     bf16_flops: Number
     linear_flops: Number  # of the format that compressed linear layers multiply in
     expert_flops: Number
     memory_achieved: Number
     link_achieved: Number
+    nic_achieved: Number
     bf16_achieved: Number
     linear_achieved: Number
     expert_achieved: Number
@@ -148,20 +150,19 @@ def stacked(shapes: Sequence[RankShape]) -> RankShape:
         )
         for shape in shapes
     ]
-    found: RankShape = _stack(padded)
+    found = _stack(padded)
+    assert isinstance(found, RankShape)
     return found
 
 
-_NO_ATTENTION = Attention(
-    limit_tokens=UNLIMITED, kv_bytes_per_token=0.0, prefill_flops_per_pair=0.0, decode_flops_per_pair=0.0
-)
+_NO_ATTENTION = Attention(limit_tokens=UNLIMITED, kv_bytes_per_token=0.0, prefill_flops_per_pair=0.0, decode_flops_per_pair=0.0)
 _NO_EXPERTS = Experts(layers=0.0, experts=1.0, picks=0.0, groups=1.0, expert_params=0.0, expert_bytes=0.0)
 
 
 def _stack(rows: Sequence[object]) -> object:
     first = rows[0]
     if isinstance(first, tuple):
-        return tuple(_stack(column) for column in zip(*rows, strict=True))  # type: ignore[call-overload]
+        return tuple(_stack(column) for column in zip(*rows, strict=True))
     if isinstance(first, float | int):
         return np.array(rows, dtype=np.float64)
     return type(first)(**{one.name: _stack([getattr(row, one.name) for row in rows]) for one in fields(first)})  # type: ignore[arg-type]
@@ -174,11 +175,13 @@ def _rates(gpu: Hardware, weights: WeightFormat) -> GpuRates:
         memory_bytes_per_s=peaks.memory_tb_per_s.value * 1e12,
         link_bytes_per_s=peaks.link_gb_per_s.value * 1e9,
         nic_bytes_per_s=peaks.nic_gbit_per_s.value * 1e9 / 8,
+        gpus_per_domain=float(gpu.gpus_per_domain),
         bf16_flops=peaks.bf16_tflops.value * 1e12,
         linear_flops=linear * 1e12,
         expert_flops=linear * 1e12,
         memory_achieved=achieved.memory.value,
         link_achieved=achieved.link.value,
+        nic_achieved=achieved.nic.value,
         bf16_achieved=achieved.gemm_bf16.value,
         linear_achieved=linear_achieved,
         expert_achieved=achieved.moe.value * linear_achieved / (achieved.gemm_fp8 or achieved.gemm_bf16).value,
@@ -302,11 +305,14 @@ def _activations(blocks: Blocks, hidden: int, layout: Layout) -> float:
     return elements * ACTIVATION_BYTES
 
 
+_MIXER_KERNELS = {"grouped": 5, "latent": 9, "gated_delta": 8, "mamba2": 7}
+_FFN_KERNELS = {"dense": 4, "moe": 3}  # the routing of experts is priced apart
+
+
 def _kernels(blocks: Blocks) -> int:
     """Launches of one block, as engines fuse them today."""
-    mixer = {GroupedAttention: 5, LatentAttention: 9, GatedDelta: 8, Mamba2: 7}.get(type(blocks.mixer), 0)
-    ffn = {DenseFfn: 4, MoeFfn: 3}.get(type(blocks.ffn), 0)
-    return mixer + ffn
+    mixer = _MIXER_KERNELS[blocks.mixer.kind] if blocks.mixer is not None else 0
+    return mixer + (_FFN_KERNELS[blocks.ffn.kind] if blocks.ffn is not None else 0)
 
 
 def _reductions(blocks: Blocks, layout: Layout) -> int:

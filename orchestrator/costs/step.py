@@ -14,13 +14,9 @@ from orchestrator.costs.constants import Constants
 from orchestrator.costs.coverage import covered
 from orchestrator.costs.number import Number, larger, largest, smaller
 from orchestrator.costs.shape import Experts, Linear, RankShape
-from protos.contract.errors import InternalError
+from protos.contract.errors import ImpossiblePrediction
 
 TOLERANCE = 1e-9
-
-
-class ImpossiblePrediction(InternalError):
-    """A prediction that claims more than a peak of the hardware: a wrong unit, constant or description."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +97,7 @@ def step_cost(shape: RankShape, batch: StepBatch, constants: Constants, engine: 
         Operator(name="routing", seconds=_expert_layers(shape) * engine.route_s),
         Operator(name="host", seconds=engine.step_s + engine.sequence_s * batch.sequences),
     )
-    return StepCost(
-        operators=operators, memory_bytes_per_s=rates.memory_bytes_per_s, link_bytes_per_s=rates.link_bytes_per_s
-    )
+    return StepCost(operators=operators, memory_bytes_per_s=rates.memory_bytes_per_s, link_bytes_per_s=rates.link_bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +153,9 @@ def _experts(shape: RankShape, rows: Number, constants: Constants) -> list[Opera
         flops = 2.0 * one.layers * met * one.picks / one.groups * one.expert_params
         memory = size / (rates.memory_bytes_per_s * rates.memory_achieved * constants["expert_memory"])
         tile = one.layers * held * constants["expert_tile_rows"] * one.expert_params
-        compute = (flops + smaller(2.0 * tile, flops)) / (rates.expert_flops * rates.expert_achieved * constants["expert_compute"])
+        compute = (flops + smaller(2.0 * tile, flops)) / (
+            rates.expert_flops * rates.expert_achieved * constants["expert_compute"]
+        )
         seconds = overlapped(memory, compute, constants["overlap_power"]) * _imbalance(one, constants)
         found.append(Operator(name="experts", seconds=seconds, flops=flops, bytes=size, peak_flops=rates.expert_flops))
     return found
@@ -215,12 +211,24 @@ def _activations(shape: RankShape, rows: Number, constants: Constants) -> Operat
 
 
 def _collectives(shape: RankShape, rows: Number, constants: Constants) -> Operator:
-    """Sums over the tensor group after mixers and feed-forward layers; with data groups, the experts' exchanges."""
+    """Sums over the tensor group after mixers and feed-forward layers; with data groups, the experts' exchanges.
+
+    A group on several nodes sums within the node first, then each GPU its part across nodes, over its own network card.
+    """
     rates = shape.rates
-    speed = rates.link_bytes_per_s * rates.link_achieved * constants["link"]
-    hops = larger(shape.tensor - 1.0, 0.0)
-    sums = shape.reductions * 2.0 * hops / shape.tensor * rows * shape.hidden * 2.0
+    link = rates.link_bytes_per_s * rates.link_achieved * constants["link"]
+    nic = rates.nic_bytes_per_s * rates.nic_achieved
     others = shape.tensor * shape.data
-    sent = shape.exchanges * rows * shape.exchange_bytes_per_token * 1.5 * (1.0 - 1.0 / others)
-    starts = shape.reductions * constants["reduction_s"] + shape.exchanges * constants["exchange_s"]
-    return Operator(name="collectives", seconds=starts + (sums + sent) / speed, link_bytes=sums + sent)
+    tensor_nodes = larger(shape.tensor / rates.gpus_per_domain, 1.0)
+    nodes = larger(others / rates.gpus_per_domain, 1.0)
+    local = shape.tensor / tensor_nodes
+    row_bytes = rows * shape.hidden * 2.0
+    sums = shape.reductions * 2.0 * (local - 1.0) / local * row_bytes
+    sums_across = shape.reductions * 2.0 * (tensor_nodes - 1.0) / tensor_nodes * row_bytes / local
+    sent = shape.exchanges * rows * shape.exchange_bytes_per_token * 1.5
+    sent_across = sent * (1.0 - 1.0 / nodes)
+    sent_local = sent * (1.0 / nodes - 1.0 / others)
+    starts = shape.reductions * (constants["reduction_s"] + constants["across_s"] * smaller(tensor_nodes - 1.0, 1.0))
+    starts = starts + shape.exchanges * (constants["exchange_s"] + constants["across_s"] * smaller(nodes - 1.0, 1.0))
+    seconds = starts + (sums + sent_local) / link + (sums_across + sent_across) / nic
+    return Operator(name="collectives", seconds=seconds, link_bytes=sums + sent_local)
