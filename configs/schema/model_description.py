@@ -125,7 +125,7 @@ class Published(Section):
     source: Line
     active: Annotated[int, Field(gt=0)] | None = None
     active_counts: Literal["with_head", "with_both", "without_embeddings"] = "with_head"
-    active_tolerance: Annotated[float, Field(ge=0, le=0.05)] = 0.02
+    active_tolerance: Annotated[float, Field(ge=0, le=0.05)] = 0.025
     active_source: Line | None = None
 
 

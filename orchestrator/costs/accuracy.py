@@ -134,4 +134,4 @@ def _kernels_alone() -> dict[str, float]:
     values = dict.fromkeys(Constants().values, free)
     values.update({name: value for name, value in Constants().values.items() if name.startswith("sequence_limit")})
     kernels = ("gemm_compute", "weight_memory", "expert_compute", "expert_memory", "attention_compute", "attention_memory")
-    return {**values, **dict.fromkeys(kernels, 1.0), "expert_imbalance": 1.0, "overlap_power": 40.0, "link": 1e9}
+    return {**values, **dict.fromkeys(kernels, 1.0), "expert_imbalance": 1.0, "overlap_power": 40.0, "link": 1.6}

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.catalog.loader import read_description
 from configs.schema.base import Line, Section
@@ -28,6 +28,12 @@ class Constant(Section):
     spread: Annotated[float, Field(gt=0)]  # of the prior: relative, one standard deviation
     meaning: Line
     source: Line
+
+    @model_validator(mode="after")
+    def _is_within_its_bounds(self) -> Constant:
+        if not self.low <= self.value <= self.high or not self.low <= self.prior <= self.high:
+            raise ValueError(f"value {self.value} and prior {self.prior} must lie between {self.low} and {self.high}")
+        return self
 
 
 class ConstantTable(Section):

@@ -70,7 +70,7 @@ class ServingPoint:
 
 
 def predict(loop: ClosedLoop, constants: Constants) -> ServingPoint:
-    """The point at which the loop settles."""
+    """The point at which the loop settles. Raises ImpossiblePrediction when a step exceeds a peak of the GPU."""
     groups = loop.decode.instances * loop.decode.shape.data
     clients = larger(loop.concurrency / groups, 1.0)
     running = smaller(clients, smaller(loop.decode.places, loop.sequence_limit))
@@ -114,12 +114,11 @@ def _shared(
     """One pool computes prompts and answers."""
     others = running - 1.0
     carried = others / (prompt_steps + loop.output_tokens) * extra * (1.0 - loop.first_wave / 2.0)
-    wait_steps = larger(prompt_steps - loop.prompt_tokens / loop.chunk_tokens, 0.0)
+    chunks = loop.prompt_tokens / loop.chunk_tokens
+    wait_steps = _waiting(prompt_steps - chunks, running * chunks - loop.output_tokens - chunks, constants)
     met = 1.0 + _convoy(loop, constants) * others / running
     burst = loop.first_wave * extra * others / 2.0
-    return _Shared(
-        carried_s=carried, first_s=step + extra * met + constants["queueing"] * wait_steps * (step + carried) + burst
-    )
+    return _Shared(carried_s=carried, first_s=step + extra * met + wait_steps * (step + carried) + burst)
 
 
 def _apart(loop: ClosedLoop, running: Number, step: Number, extra: Number, constants: Constants) -> _Apart:
@@ -127,11 +126,17 @@ def _apart(loop: ClosedLoop, running: Number, step: Number, extra: Number, const
     servers = loop.prefill.instances * loop.prefill.shape.data
     service = extra / servers
     answer_s = loop.output_tokens * step
-    wait = larger(_response(service, answer_s, loop.concurrency) - service, 0.0) * constants["queueing"]
+    exponential = _response(service, answer_s, loop.concurrency) - service
+    wait = _waiting(exponential, loop.concurrency * service - answer_s - service, constants)
     burst = loop.first_wave * service * larger(loop.concurrency - servers, 0.0) / 2.0
     met = 1.0 + _convoy(loop, constants) * larger(loop.concurrency - servers, 0.0) / loop.concurrency
     first = extra * met + wait + burst + loop.handoff_s + step
     return _Apart(decoding=larger(running * answer_s / (answer_s + first), 1.0), first_s=first)
+
+
+def _waiting(exponential: Number, saturated: Number, constants: Constants) -> Number:
+    """A share of what exponential service would wait, but no less than a saturated server makes everyone wait."""
+    return larger(larger(constants["queueing"] * exponential, saturated), 0.0)
 
 
 def _convoy(loop: ClosedLoop, constants: Constants) -> Number:
@@ -142,7 +147,7 @@ def _convoy(loop: ClosedLoop, constants: Constants) -> Number:
 
 def _decode_step(loop: ClosedLoop, sequences: Number, constants: Constants) -> Number:
     batch = StepBatch(decodes=(Decodes(sequences=sequences, context=loop.prompt_tokens + loop.output_tokens / 2.0),))
-    return step_cost(loop.decode.shape, batch, constants, loop.engine).seconds
+    return step_cost(loop.decode.shape, batch, constants, loop.engine).checked().seconds
 
 
 def _prompt_seconds(loop: ClosedLoop, sequences: Number, step: Number, constants: Constants) -> Number:
@@ -150,10 +155,10 @@ def _prompt_seconds(loop: ClosedLoop, sequences: Number, step: Number, constants
     chunks = larger(loop.prompt_tokens / loop.chunk_tokens, 1.0)
     new = loop.prompt_tokens / chunks
     chunk = Chunk(sequences=1.0, new=new, cached=(loop.prompt_tokens - new) / 2.0, ends=1.0 / chunks)
-    alone = step_cost(loop.prefill.shape, StepBatch(chunks=(chunk,)), constants, loop.engine).seconds
+    alone = step_cost(loop.prefill.shape, StepBatch(chunks=(chunk,)), constants, loop.engine).checked().seconds
     context = loop.prompt_tokens + loop.output_tokens / 2.0
     riding = StepBatch(chunks=(chunk,), decodes=(Decodes(sequences=sequences, context=context),))
-    mixed = step_cost(loop.decode.shape, riding, constants, loop.engine).seconds
+    mixed = step_cost(loop.decode.shape, riding, constants, loop.engine).checked().seconds
     return chunks * _where(loop.split, alone, mixed - step)
 
 

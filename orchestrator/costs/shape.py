@@ -124,10 +124,10 @@ def shape_of(model: ModelDescription, layout: Layout, gpu: Hardware) -> RankShap
         compressed=Linear(params=compressed, bytes=compressed * bits / 8),
         plain=Linear(params=plain, bytes=plain * 2),
         head=Linear(params=head, bytes=head * 2),
-        attention=tuple(_attention(blocks, layout) for blocks in model.blocks if _attends(blocks)),
+        attention=tuple(attention_of(blocks, layout) for blocks in model.blocks if attends(blocks)),
         experts=_merged(experts),
         state_bytes=sizes.state_bytes(model) / layout.tensor,
-        state_flops_per_token=sum(blocks.count * _state_flops(blocks) for blocks in model.blocks) / layout.tensor,
+        state_flops_per_token=sum(blocks.count * state_flops(blocks) for blocks in model.blocks) / layout.tensor,
         activation_bytes_per_token=sum(blocks.count * _activations(blocks, model.hidden, layout) for blocks in model.blocks),
         kernels=float(sum(blocks.count * _kernels(blocks) for blocks in model.blocks) + 6),
         reductions=float(sum(blocks.count * _reductions(blocks, layout) for blocks in model.blocks)),
@@ -229,11 +229,13 @@ def _unsplit(blocks: Blocks, hidden: int) -> int:
     return hidden * ((mixer.q_rank or 0) + mixer.kv_rank + mixer.rope_dim)
 
 
-def _attends(blocks: Blocks) -> bool:
+def attends(blocks: Blocks) -> bool:
+    """True when the blocks read a cache."""
     return isinstance(blocks.mixer, GroupedAttention | LatentAttention)
 
 
-def _attention(blocks: Blocks, layout: Layout) -> Attention:
+def attention_of(blocks: Blocks, layout: Layout) -> Attention:
+    """The attention of blocks that have one, for one GPU."""
     mixer, number = blocks.mixer, blocks.count
     element = sizes.KV_BYTES[layout.kv]
     if isinstance(mixer, GroupedAttention):
@@ -278,7 +280,7 @@ def _merged(experts: tuple[Experts, ...]) -> tuple[Experts, ...]:
     return tuple(replace(kind, layers=layers) for kind, layers in kinds.items())
 
 
-def _state_flops(blocks: Blocks) -> float:
+def state_flops(blocks: Blocks) -> float:
     """Of one token in a recurrent block: decay, update and read of the state."""
     mixer = blocks.mixer
     if isinstance(mixer, GatedDelta):

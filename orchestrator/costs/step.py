@@ -13,7 +13,7 @@ from orchestrator.costs.batch import StepBatch
 from orchestrator.costs.constants import Constants
 from orchestrator.costs.coverage import covered
 from orchestrator.costs.number import Number, larger, largest, smaller
-from orchestrator.costs.shape import Experts, Linear, RankShape
+from orchestrator.costs.shape import UNLIMITED, Experts, Linear, RankShape
 from protos.contract.errors import ImpossiblePrediction
 
 TOLERANCE = 1e-9
@@ -174,7 +174,7 @@ def _attention(shape: RankShape, batch: StepBatch, constants: Constants) -> list
     for one in shape.attention:
         for chunk in batch.chunks:
             flops = one.prefill_flops_per_pair * chunk.pairs(one.limit_tokens)
-            flops = flops + one.index_flops_per_pair * chunk.pairs(1e12)
+            flops = flops + one.index_flops_per_pair * chunk.pairs(UNLIMITED)
             size = one.kv_bytes_per_token * (chunk.keys(one.limit_tokens) + chunk.tokens)
             seconds = overlapped(size / bandwidth, flops / speed, constants["overlap_power"])
             found.append(
@@ -184,8 +184,8 @@ def _attention(shape: RankShape, batch: StepBatch, constants: Constants) -> list
             keys = decodes.keys(one.limit_tokens)
             queries = 1.0 + batch.drafted
             flops = one.decode_flops_per_pair * keys * queries
-            flops = flops + one.index_flops_per_pair * decodes.keys(1e12) * queries
-            size = one.kv_bytes_per_token * (keys + decodes.sequences) + one.index_bytes_per_token * decodes.keys(1e12)
+            flops = flops + one.index_flops_per_pair * decodes.keys(UNLIMITED) * queries
+            size = one.kv_bytes_per_token * (keys + decodes.sequences) + one.index_bytes_per_token * decodes.keys(UNLIMITED)
             seconds = overlapped(size / bandwidth, flops / speed, constants["overlap_power"])
             found.append(
                 Operator(name="attention_decode", seconds=seconds, flops=flops, bytes=size, peak_flops=rates.bf16_flops)
