@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +16,8 @@ from configs.schema.model_description import ModelDescription
 from configs.yaml_tree import MAX_BYTES, Refused, parse
 from protos.contract.errors import ConfigError
 
+# What repositories add to a model's name without another architecture.
+_VARIANT = re.compile(r"-(fp8|fp4|nvfp4|mxfp4|bf16|int4|int8|awq|gptq|fp4-v\d|nvfp4-v\d|instruct|thinking|base|chat|\d{4})$")
 _ROOT = Path(__file__).resolve().parent
 Described = TypeVar("Described", bound=Section)
 
@@ -32,9 +35,15 @@ def hardware() -> dict[str, Hardware]:
 
 
 def model_named(name: str) -> ModelDescription:
-    """By name or by one of its names elsewhere, such as a repository. Raises ConfigError with the nearest name."""
+    """By name or by one of its names elsewhere, such as a repository; other organisations, weight formats and tunings of a
+    known model are that model. Raises ConfigError with the nearest name.
+    """
     known = {alias.lower(): model for model in models().values() for alias in (model.name, *model.aliases)}
-    return _named("model", name, known)
+    if name.lower() in known:
+        return known[name.lower()]
+    plain = {_plain(alias): model for alias, model in known.items()}
+    plain |= {_plain(model.name): model for model in models().values()}
+    return plain[_plain(name)] if _plain(name) in plain else _named("model", name, known)
 
 
 def hardware_named(name: str) -> Hardware:
@@ -62,6 +71,14 @@ def read_description(path: Path, kind: type[Described]) -> Described:
             for error in invalid.errors(include_url=False)
         ]
         raise ConfigError("\n".join(lines)) from invalid
+
+
+def _plain(name: str) -> str:
+    """Without the organisation, the weight format and the tuning."""
+    rest = name.lower().rsplit("/", 1)[-1]
+    while (shorter := _VARIANT.sub("", rest)) != rest:
+        rest = shorter
+    return rest
 
 
 def _named(what: str, name: str, known: dict[str, Described]) -> Described:

@@ -13,6 +13,7 @@ from configs.catalog.hf_config import read_hf_config
 from orchestrator.cli.output import print_json, print_table, stdout
 from orchestrator.costs import sizes
 from orchestrator.costs.constants import Constant, dump, refitted, shipped_table
+from protos.contract.errors import ConfigError
 
 if TYPE_CHECKING:
     from configs.schema.model_description import ModelDescription
@@ -103,7 +104,10 @@ def fit(
     fitted = fit_constants(points, table)
     found = refitted(table, fitted.values, f"fitted to {len(points)} points of {csv.name}")
     if out is not None:
-        out.write_text(dump(found), encoding="utf-8")
+        try:
+            out.write_text(dump(found), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{out}: cannot be written: {error.strerror}; give another --out") from error
     reports = {"fitted": accuracy.predicted(points, Constants(fitted.values))}
     if leave_out:
         reports["each model left out"] = accuracy.leaving_one_out(points, table)

@@ -46,7 +46,7 @@ class Decodes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
-    """One step of one data-parallel group. `verified` tokens of a draft come with each decoded one."""
+    """One step of one data-parallel group. `drafted` tokens are verified beside each decoded one."""
 
     chunks: tuple[Chunk, ...] = ()
     decodes: tuple[Decodes, ...] = ()

@@ -9,12 +9,15 @@ from orchestrator.costs.layout import Layout
 from orchestrator.costs.shape import RankShape
 
 USED_SHARE = 0.90  # of the memory: what engines take by default
-WORKSPACE_BYTES = 3e9  # activations, graphs and buffers of an engine
+WORKSPACE_BYTES = 3e9  # activations, graphs and buffers of an engine; less on small GPUs, whose steps are smaller
+WORKSPACE_SHARE = 0.05
 
 
 def cache_bytes(shape: RankShape, gpu: Hardware) -> float:
     """Bytes of one GPU that are left for the cache; 0 when the weights do not fit."""
-    return max(0.0, gpu.peaks.memory_gib.value * 2.0**30 * USED_SHARE - float(shape.weight_bytes) - WORKSPACE_BYTES)
+    memory = gpu.peaks.memory_gib.value * 2.0**30
+    workspace = min(WORKSPACE_BYTES, WORKSPACE_SHARE * memory)
+    return max(0.0, memory * USED_SHARE - float(shape.weight_bytes) - workspace)
 
 
 def request_bytes(model: ModelDescription, layout: Layout, tokens: int) -> float:

@@ -18,6 +18,7 @@ MAX_ROWS = 1_000_000
 # InferenceMAX's benchmark draws lengths from 0.8 to 1.0 of the nominal ones; its rows are called ..._cfgN or begin with a date.
 SPREAD_NAME = re.compile(r"_cfg\d+$|^\d{4}_\d{2}_\d{2}_")
 SPREAD_MEAN = 0.9
+NAMED_PRECISION = re.compile(r"-(fp8|nvfp4|fp4|int4|int8)(?:-v\d)?$")
 COLUMNS = (
     "id", "backend", "model_path", "system", "precision", "mode", "isl", "osl", "conc",
     "tp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size",
@@ -92,7 +93,7 @@ def _points(path: Path, rows: Iterable[dict[str, str]]) -> list[MeasuredPoint]:
 
 def _point(row: dict[str, str]) -> MeasuredPoint:
     model, gpu = model_named(row["model_path"]), hardware_named(row["system"])
-    weights = _weights(model, row["precision"])
+    weights = _weights(model, row["precision"] or _named_precision(row["model_path"]))
     kv = _kv(model, weights)
     split = row["mode"] == "disagg"
     if split:
@@ -134,6 +135,12 @@ def _weights(model: ModelDescription, precision: str) -> WeightFormat:
     if precision not in known:
         raise ConfigError(f"precision {precision!r} is not known (known: {', '.join(known)})")
     return known[precision]
+
+
+def _named_precision(model_path: str) -> str:
+    """What the name of a checkpoint says of its weights; empty when it says nothing."""
+    said = NAMED_PRECISION.search(model_path.lower())
+    return "" if said is None else said[1]
 
 
 def _kv(model: ModelDescription, weights: WeightFormat) -> KvFormat:

@@ -73,7 +73,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """Routed experts of equal layers: `held` of them on this GPU, each token picks `picks` of all `experts`."""
+    """Routed experts of equal layers: each token picks `picks` of all `experts`, each group holds its share of them."""
 
     layers: Number
     experts: Number

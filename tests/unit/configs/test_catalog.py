@@ -56,6 +56,10 @@ def test_peaks_are_of_this_century_and_ordered(gpu: Hardware) -> None:
 
 def test_found_by_repository_and_by_benchmark_name() -> None:
     assert model_named("meta-llama/Llama-3.1-8B-Instruct").name == "llama-3.1-8b"
+    assert model_named("nvidia/Llama-3.1-8B-Instruct-FP8").name == "llama-3.1-8b"
+    assert model_named("nvidia/DeepSeek-R1-0528-FP4-v2").name == "deepseek-v3"
+    assert model_named("moonshotai/Kimi-K2-Thinking").name == "kimi-k2.5"
+    assert model_named("moonshotai/Kimi-K2-Instruct-0905").name == "kimi-k2"
     assert hardware_named("h100_sxm").name == "h100"
 
 

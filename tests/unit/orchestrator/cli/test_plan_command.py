@@ -50,6 +50,12 @@ def test_a_fit_prints_constants_and_errors_and_writes_a_table(tmp_path: Path) ->
     assert "gemm_compute" in text and "mean of models" in text
 
 
+def test_a_table_that_cannot_be_written_is_a_configuration_error(tmp_path: Path) -> None:
+    csv = write(tmp_path / "points.csv", [row()])
+    with pytest.raises(ConfigError, match="cannot be written"):
+        CliRunner().invoke(app, ["plan", "fit", str(csv), "--no-leave-out", "--out", str(tmp_path)], catch_exceptions=False)
+
+
 def test_a_bad_file_is_a_configuration_error(tmp_path: Path) -> None:
     csv = write(tmp_path / "points.csv", [row(system="abacus")])
     with pytest.raises(ConfigError, match=r"points.csv:2: abacus: no such GPU"):

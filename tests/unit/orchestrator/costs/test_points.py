@@ -29,9 +29,15 @@ def test_models_of_their_own_format_keep_it(tmp_path: Path) -> None:
         row(model_path="openai/gpt-oss-120b", precision="fp8"),
         row(model_path="deepseek-ai/DeepSeek-V3", precision="fp8", tp_size=8.0),
         row(model_path="deepseek-ai/DeepSeek-V3", precision="fp4", tp_size=8.0),
+        row(model_path="nvidia/Llama-3.1-8B-Instruct-FP8"),
     ]
     layouts = [point.decode.layout for point in read_points(write(tmp_path / "p.csv", rows))]
-    assert [(layout.weights, layout.kv) for layout in layouts] == [("mxfp4", "bf16"), ("fp8", "bf16"), ("nvfp4", "fp8")]
+    assert [(layout.weights, layout.kv) for layout in layouts] == [
+        ("mxfp4", "bf16"),
+        ("fp8", "bf16"),
+        ("nvfp4", "fp8"),
+        ("fp8", "fp8"),
+    ]
 
 
 def test_tensor_size_times_expert_size_is_no_number_of_gpus(tmp_path: Path) -> None:

@@ -99,6 +99,12 @@ def test_what_fits_beside_the_weights() -> None:
     assert places(MODEL, Layout(), bf16, GPU, tokens) == 0, "141 GB of weights leave nothing"
 
 
+def test_a_measured_engine_holds_as_many_tokens() -> None:
+    """vLLM 0.19 on an RTX 4090 reports 41,408 tokens of cache for Llama 3.1 8B in bf16."""
+    model, gpu = model_named("llama-3.1-8b"), hardware_named("rtx4090")
+    assert places(model, Layout(), shape_of(model, Layout(), gpu), gpu, 1) == pytest.approx(41_408, rel=0.05)
+
+
 def test_latent_rows_are_on_every_gpu_of_a_tensor_group() -> None:
     model = model_named("mistral-small-4")
     for tensor in (1, 2, 8):

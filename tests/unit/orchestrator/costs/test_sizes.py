@@ -13,6 +13,7 @@ EXACT = {
     "deepseek-v3",
     "gpt-oss-120b",
     "kimi-k2",
+    "kimi-k2.5",
     "llama-3.1-8b",
     "llama-3.1-70b",
     "mistral-small-3.2",
