@@ -29,7 +29,7 @@ _COMMANDS = {
     "doctor": "doctor",
 }
 # The module that has commands below the name, as `app`.
-_GROUPS = {"kv": "kv", "config": "config_file", "model": "model", "tls": "tls"}
+_GROUPS = {"kv": "kv", "config": "config_file", "model": "model", "plan": "plan", "tls": "tls"}
 
 
 def command_line(name: str | None = None) -> typer.Typer:

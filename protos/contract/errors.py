@@ -36,6 +36,7 @@ AutanError
 │   ├── PoisonRequest      ABORTED              it ended every worker that held it
 │   └── EngineFailure      INTERNAL
 ├── ModelError             FAILED_PRECONDITION  exit 2   a checkpoint cannot be used
+├── ImpossiblePrediction   INTERNAL             exit 1   a prediction beyond the peaks of the hardware
 └── InternalError          INTERNAL
 
 `code` is the gRPC status name, `reason` the class in SCREAMING_SNAKE_CASE; both travel in
@@ -268,6 +269,10 @@ class ModelError(AutanError):
 
     code = "FAILED_PRECONDITION"
     exit_code = 2
+
+
+class ImpossiblePrediction(AutanError):
+    """A predicted time implies more than a peak of the hardware: a wrong unit, constant or description."""
 
 
 class InternalError(AutanError):

@@ -1,0 +1,1 @@
+"""Models and GPUs as data: one YAML file each, every number with its source."""
