@@ -13,13 +13,14 @@ from enum import StrEnum
 from orchestrator.cli.local_cluster import LocalCluster
 from orchestrator.client import AsyncClient
 from orchestrator.runtime.launcher import RankState
+from orchestrator.runtime.restarts import RestartRules
 from protos.contract.errors import AutanError
 from protos.wire import common
 from tests.support.cluster import pid_of
 from tests.support.processes import process_state
 from tests.support.worker_world import until
 
-BACK_WITHIN_S = 45.0
+BACK_WITHIN_S = 1.5 * RestartRules().cool_down_s + 30.0  # after the longest pause before a start
 
 
 class Fault(StrEnum):
