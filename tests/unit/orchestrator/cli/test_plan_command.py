@@ -9,14 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from configs.catalog.loader import read_description
-from orchestrator.cli.main import app
+from orchestrator.cli.main import command_line
 from orchestrator.costs.constants import ConstantTable, shipped_table
 from protos.contract.errors import ConfigError
 from tests.unit.orchestrator.costs.points_csv import row, varied, write
 
 
 def run(*arguments: str) -> str:
-    done = CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False)
+    done = CliRunner().invoke(command_line("plan"), ["plan", *arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
 
@@ -53,10 +53,11 @@ def test_a_fit_prints_constants_and_errors_and_writes_a_table(tmp_path: Path) ->
 def test_a_table_that_cannot_be_written_is_a_configuration_error(tmp_path: Path) -> None:
     csv = write(tmp_path / "points.csv", [row()])
     with pytest.raises(ConfigError, match="cannot be written"):
-        CliRunner().invoke(app, ["plan", "fit", str(csv), "--no-leave-out", "--out", str(tmp_path)], catch_exceptions=False)
+        arguments = ["plan", "fit", str(csv), "--no-leave-out", "--out", str(tmp_path)]
+        CliRunner().invoke(command_line("plan"), arguments, catch_exceptions=False)
 
 
 def test_a_bad_file_is_a_configuration_error(tmp_path: Path) -> None:
     csv = write(tmp_path / "points.csv", [row(system="abacus")])
     with pytest.raises(ConfigError, match=r"points.csv:2: abacus: no such GPU"):
-        CliRunner().invoke(app, ["plan", "fit", str(csv)], catch_exceptions=False)
+        CliRunner().invoke(command_line("plan"), ["plan", "fit", str(csv)], catch_exceptions=False)
