@@ -35,7 +35,7 @@ class DigestScope:
 
     def of(self, block_index: int, group: int, data: memoryview | bytes) -> bytes:
         """The digest of a whole layer group."""
-        digest = xxhash.xxh3_128(self._prefix + _PLACE.pack(block_index, group))
+        digest = self.start(block_index, group)
         digest.update(data)
         return digest.digest()
 

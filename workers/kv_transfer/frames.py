@@ -148,13 +148,8 @@ class Reassembly:
         """
         payload = frame.payload
         end, last = self._check_bytes(frame, payload.nbytes)
-        if self._digest is None:
-            self._digest = self._scope.start(self._block, self._group)
-        self._digest.update(payload)
-        if last and not hmac.compare_digest(self._digest.digest(), frame.digest):
-            raise DigestMismatch(f"block {self._block} group {self._group}: the bytes are not those that were sent")
         accepted = Accepted(self._block, self._group, self._offset, payload, last)
-        self._advance(end, last)
+        self._take(payload, frame.digest, end)
         return accepted
 
     def verify(self, head: BlockHead, payload: memoryview) -> None:
@@ -162,12 +157,16 @@ class Reassembly:
 
         Raises DigestMismatch when it ends a group that does not verify; nothing of the transfer may be used then.
         """
+        self._take(payload, head.digest, head.offset_bytes + head.payload_bytes)
+
+    def _take(self, payload: memoryview, told: bytes, end: int) -> None:
+        """The bytes of the next frame, which was checked: it tells a digest exactly when its group ends with it."""
         digest = self._digest or self._scope.start(self._block, self._group)
         digest.update(payload)
-        if head.digest and not hmac.compare_digest(digest.digest(), head.digest):
+        if told and not hmac.compare_digest(digest.digest(), told):
             raise DigestMismatch(f"block {self._block} group {self._group}: the bytes are not those that were sent")
         self._digest = digest
-        self._advance(head.offset_bytes + head.payload_bytes, bool(head.digest))
+        self._advance(end, bool(told))
 
     def check_heads(self, heads: Sequence[BlockHead]) -> None:
         """Raises BadFrame, changing nothing, unless the frames of these heads are exactly the next ones: what `accept` checks

@@ -31,13 +31,16 @@ class KvSource:
         A group travels by reference when the bytes that the engine shows lie in the shared pool: a copy that it made, say
         of a device's memory, travels with its bytes, packed where that was agreed on.
         """
+        in_one = self._packer.passes_through and self._port.layout.group_bytes(group) <= batch.limit_bytes
+        if self._segment is None and not in_one:
+            return None  # unread: from a device, the engine would copy it twice
         data = self._port.export_kv(block_id, group)
         if self._segment is not None and data.nbytes <= batch.most_bytes:
             offset = self._segment.offset_of(data)
             if offset is not None:
                 digest = self._scope.of(index, group, data)
                 return DataFrame(index, group, 0, _EMPTY, digest, pool_offset=offset, pool_bytes=data.nbytes)
-        if not self._packer.passes_through or data.nbytes > batch.limit_bytes:
+        if not in_one:
             return None
         return DataFrame(index, group, 0, data, self._scope.of(index, group, data))
 
